@@ -1,0 +1,265 @@
+"""Layers that compute the same everywhere and are fast where they run.
+
+XLA's CPU backend and its GPU and TPU backends want opposite forms of the same
+arithmetic: a depthwise convolution as shifted multiplications against a
+grouped convolution, a pooling as slices against `reduce_window`. Each helper
+here takes `implementation`, "portable" (plain `lax` operators) or "cpu"; empty
+means: chosen by the default backend when the function is traced. Parameters
+have the same names and shapes in both, outputs are equal up to rounding, and
+`layers_test` holds them to it.
+"""
+
+from collections.abc import Callable
+import functools
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+# He initialisation over fan-out, as for most ReLU segmentation networks.
+kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+def implementation_for_backend(implementation: str = "") -> str:
+  """Returns `implementation`, or the one that suits the default backend.
+
+  Raises:
+    ValueError: if the name is neither "", "cpu" nor "portable".
+  """
+  if implementation not in ("", "cpu", "portable"):
+    raise ValueError(
+      f'implementation must be "", "cpu" or "portable": {implementation!r}'
+    )
+  if implementation:
+    return implementation
+  return "cpu" if jax.default_backend() == "cpu" else "portable"
+
+
+def batch_norm(
+  train: bool,
+  *,
+  dtype: Any = jnp.float32,
+  axis_name: str | None = None,
+  epsilon: float = 1e-3,
+  momentum: float = 0.9,
+) -> Callable[..., nn.Module]:
+  """Returns a BatchNorm factory, statistics shared over `axis_name`."""
+  return functools.partial(
+    nn.BatchNorm,
+    use_running_average=not train,
+    momentum=momentum,
+    epsilon=epsilon,
+    dtype=dtype,
+    axis_name=axis_name,
+  )
+
+
+def _same_pads(size: int, kernel: int, stride: int) -> tuple[int, int]:
+  """TensorFlow's "SAME": the odd pixel goes to the end."""
+  total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+  return total // 2, total - total // 2
+
+
+class Conv(nn.Module):
+  """A dense convolution, "SAME" padding; 1x1 runs as a product on the CPU."""
+
+  features: int
+  kernel_size: int = 3
+  stride: int = 1
+  dilation: int = 1
+  use_bias: bool = False
+  dtype: Any = jnp.float32
+  implementation: str = ""
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    k = self.kernel_size
+    kernel = self.param(
+      "kernel", kernel_init, (k, k, x.shape[-1], self.features)
+    )
+    x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+    by_product = implementation_for_backend(self.implementation) == "cpu"
+    if k == 1 and by_product:
+      if self.stride > 1:
+        x = x[:, :: self.stride, :: self.stride]
+      y = jnp.einsum("bhwc,cd->bhwd", x, kernel[0, 0])
+    else:
+      y = jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (self.stride, self.stride),
+        "SAME",
+        rhs_dilation=(self.dilation, self.dilation),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+      )
+    if self.use_bias:
+      bias = self.param("bias", nn.initializers.zeros, (self.features,))
+      y = y + bias.astype(self.dtype)
+    return y
+
+
+class DepthwiseConv(nn.Module):
+  """One kernel a channel, "SAME" padding, no bias."""
+
+  kernel_size: int = 3
+  stride: int = 1
+  dilation: int = 1
+  dtype: Any = jnp.float32
+  implementation: str = ""
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    k = self.kernel_size
+    kernel = self.param("kernel", kernel_init, (k, k, 1, x.shape[-1]))
+    x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+    if implementation_for_backend(self.implementation) == "cpu":
+      return _shifted_depthwise(x, kernel[:, :, 0], self.stride, self.dilation)
+    return jax.lax.conv_general_dilated(
+      x,
+      kernel,
+      (self.stride, self.stride),
+      "SAME",
+      rhs_dilation=(self.dilation, self.dilation),
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+      feature_group_count=x.shape[-1],
+    )
+
+
+def _shifted_depthwise(
+  x: Array, kernel: Array, stride: int, dilation: int
+) -> Array:
+  """Sums shifted copies of `x`, each times its tap: no grouped convolution."""
+  k = kernel.shape[0]
+  reach = (k - 1) * dilation + 1
+  height, width = x.shape[1], x.shape[2]
+  rows = _same_pads(height, reach, stride)
+  columns = _same_pads(width, reach, stride)
+  padded = jnp.pad(x, ((0, 0), rows, columns, (0, 0)))
+  out_height, out_width = -(-height // stride), -(-width // stride)
+  total = 0.0
+  for i in range(k):
+    for j in range(k):
+      top, left = i * dilation, j * dilation
+      window = padded[
+        :,
+        top : top + (out_height - 1) * stride + 1 : stride,
+        left : left + (out_width - 1) * stride + 1 : stride,
+      ]
+      total = total + window * kernel[i, j]
+  return total
+
+
+def max_pool_2x(x: Array, implementation: str = "") -> Array:
+  """Halves both sides of `x` [B, H, W, C], keeping each square's maximum.
+
+  Raises:
+    ValueError: if a side is odd.
+  """
+  if x.shape[1] % 2 or x.shape[2] % 2:
+    raise ValueError(f"both sides must be even to be halved: {x.shape}")
+  if implementation_for_backend(implementation) == "cpu":
+    top = jnp.maximum(x[:, ::2, ::2], x[:, ::2, 1::2])
+    bottom = jnp.maximum(x[:, 1::2, ::2], x[:, 1::2, 1::2])
+    return jnp.maximum(top, bottom)
+  return nn.max_pool(x, (2, 2), (2, 2))
+
+
+def _lerp_2x(x: Array, axis: int) -> Array:
+  """Doubles one axis: half-pixel centres, edges repeated."""
+  size = x.shape[axis]
+  first = jax.lax.slice_in_dim(x, 0, 1, axis=axis)
+  last = jax.lax.slice_in_dim(x, size - 1, size, axis=axis)
+  before = jnp.concatenate(
+    [first, jax.lax.slice_in_dim(x, 0, size - 1, axis=axis)], axis
+  )
+  after = jnp.concatenate(
+    [jax.lax.slice_in_dim(x, 1, size, axis=axis), last], axis
+  )
+  pair = jnp.stack([0.75 * x + 0.25 * before, 0.75 * x + 0.25 * after], axis + 1)
+  shape = x.shape[:axis] + (2 * size,) + x.shape[axis + 1 :]
+  return pair.reshape(shape)
+
+
+@functools.partial(jax.jit, static_argnames=("implementation",), inline=False)
+def upsample_2x(x: Array, implementation: str = "") -> Array:
+  """Doubles both sides of `x` [B, H, W, C], bilinear, half-pixel centres.
+
+  Its own jitted function, so that an exporter meets one call by this name and
+  writes one resize operator for it.
+  """
+  if implementation_for_backend(implementation) == "cpu":
+    return _lerp_2x(_lerp_2x(x, 1), 2)
+  batch, height, width, channels = x.shape
+  shape = (batch, 2 * height, 2 * width, channels)
+  return jax.image.resize(x, shape, "bilinear").astype(x.dtype)
+
+
+def upsample(x: Array, factor: int, implementation: str = "") -> Array:
+  """Enlarges `x` [B, H, W, C] by a power of two, in bilinear doublings.
+
+  Raises:
+    ValueError: if `factor` is not a power of two.
+  """
+  if factor < 1 or factor & (factor - 1):
+    raise ValueError(f"factor must be a power of two: {factor}")
+  while factor > 1:
+    x = upsample_2x(x, implementation=implementation)
+    factor //= 2
+  return x
+
+
+def resize_bilinear(x: Array, height: int, width: int) -> Array:
+  """Resizes `x` [B, h, w, C] to [B, height, width, C], half-pixel centres."""
+  if x.shape[1:3] == (height, width):
+    return x
+  shape = (x.shape[0], height, width, x.shape[3])
+  return jax.image.resize(x, shape, "bilinear", antialias=False).astype(x.dtype)
+
+
+def space_to_depth(x: Array, block: int) -> Array:
+  """[B, H, W, C] -> [B, H/block, W/block, block * block * C].
+
+  Raises:
+    ValueError: if a side is not divisible by `block`.
+  """
+  batch, height, width, channels = x.shape
+  if height % block or width % block:
+    raise ValueError(f"sides {height}x{width} must be divisible by {block}")
+  x = x.reshape(
+    batch, height // block, block, width // block, block, channels
+  )
+  x = x.transpose(0, 1, 3, 2, 4, 5)
+  return x.reshape(
+    batch, height // block, width // block, block * block * channels
+  )
+
+
+class ConvBlock(nn.Module):
+  """Convolution, BatchNorm, activation; the building block of most networks.
+
+  No bias in the convolution: before BatchNorm it has no gradient, and Adam
+  makes full steps out of its rounding noise.
+  """
+
+  features: int
+  norm: Callable[..., nn.Module]
+  kernel_size: int = 3
+  stride: int = 1
+  dilation: int = 1
+  activation: Callable[[Array], Array] = nn.relu
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    x = Conv(
+      self.features,
+      self.kernel_size,
+      self.stride,
+      self.dilation,
+      dtype=self.dtype,
+      name="conv",
+    )(x)
+    return self.activation(self.norm(name="norm")(x))
