@@ -178,7 +178,9 @@ def _lerp_2x(x: Array, axis: int) -> Array:
   after = jnp.concatenate(
     [jax.lax.slice_in_dim(x, 1, size, axis=axis), last], axis
   )
-  pair = jnp.stack([0.75 * x + 0.25 * before, 0.75 * x + 0.25 * after], axis + 1)
+  pair = jnp.stack(
+    [0.75 * x + 0.25 * before, 0.75 * x + 0.25 * after], axis + 1
+  )
   shape = x.shape[:axis] + (2 * size,) + x.shape[axis + 1 :]
   return pair.reshape(shape)
 
@@ -228,13 +230,28 @@ def space_to_depth(x: Array, block: int) -> Array:
   batch, height, width, channels = x.shape
   if height % block or width % block:
     raise ValueError(f"sides {height}x{width} must be divisible by {block}")
-  x = x.reshape(
-    batch, height // block, block, width // block, block, channels
-  )
+  x = x.reshape(batch, height // block, block, width // block, block, channels)
   x = x.transpose(0, 1, 3, 2, 4, 5)
   return x.reshape(
     batch, height // block, width // block, block * block * channels
   )
+
+
+def depth_to_space(x: Array, block: int) -> Array:
+  """[B, H, W, block * block * C] -> [B, H * block, W * block, C].
+
+  The inverse of `space_to_depth`.
+
+  Raises:
+    ValueError: if the channels are not divisible by `block` squared.
+  """
+  batch, height, width, channels = x.shape
+  if channels % block**2:
+    raise ValueError(f"{channels} channels must be divisible by {block**2}")
+  rest = channels // block**2
+  x = x.reshape(batch, height, width, block, block, rest)
+  x = x.transpose(0, 1, 3, 2, 4, 5)
+  return x.reshape(batch, height * block, width * block, rest)
 
 
 class ConvBlock(nn.Module):
