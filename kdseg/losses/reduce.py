@@ -1,0 +1,32 @@
+"""Means over an image, guarded once."""
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+def mean_per_image(values: Array) -> Array:
+  """Averages `values` [B, ...] over all but the first axis; [B] float32."""
+  return jnp.mean(values.astype(jnp.float32), tuple(range(1, values.ndim)))
+
+
+def weighted_mean_per_image(values: Array, weights: Array) -> Array:
+  """Averages `values` [B, ...] under `weights`, image by image.
+
+  Args:
+    values: [B, ...].
+    weights: [B, ...], of a shape that broadcasts to that of `values`; not
+      negative.
+
+  Returns:
+    [B] float32; 0, with gradient 0, for an image whose weights are all 0.
+
+  Raises:
+    ValueError: if `weights` does not broadcast to the shape of `values`.
+  """
+  values = values.astype(jnp.float32)
+  weights = jnp.broadcast_to(weights.astype(jnp.float32), values.shape)
+  axes = tuple(range(1, values.ndim))
+  total = jnp.sum(weights, axes)
+  return jnp.sum(values * weights, axes) / jnp.where(total > 0, total, 1.0)
