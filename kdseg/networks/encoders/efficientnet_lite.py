@@ -154,7 +154,7 @@ class EfficientNetLite(nn.Module):
   implementation: str = ""
 
   @nn.compact
-  def __call__(self, image: Array, train: bool) -> dict[int, Array]:
+  def __call__(self, image: Array, train: bool = False) -> dict[int, Array]:
     """Encodes a batch of images.
 
     Args:

@@ -1,0 +1,121 @@
+"""U-Net++ on an EfficientNet-Lite encoder."""
+
+from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from kdseg.networks import layers
+from kdseg.networks.encoders import efficientnet_lite
+
+Array = jax.Array
+
+
+class Node(nn.Module):
+  """x^{i,j}: mixes the maps beside it with the one below, then looks around.
+
+  A 1x1 convolution over the concatenation, written as the sum of its two
+  halves: the half that acts on the map below runs before the enlargement,
+  which it commutes with, on a quarter of the cells.
+  """
+
+  features: int
+  norm: Callable[..., nn.Module]
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, beside: Sequence[Array], below: Array) -> Array:
+    def mix(name: str) -> nn.Module:
+      return layers.Conv(self.features, 1, dtype=self.dtype, name=name)
+
+    x = mix("mix_beside")(jnp.concatenate(beside, -1))
+    x = x + layers.upsample_2x(mix("mix_below")(below))
+    x = nn.relu(self.norm(name="mix_norm")(x))
+    return layers.ConvBlock(
+      self.features, self.norm, dtype=self.dtype, name="conv"
+    )(x)
+
+
+class UNetPlusPlus(nn.Module):
+  """U-Net++ (Zhou et al., DLMIA 2018 and IEEE TMI 2020, eq. 1).
+
+  x^{i,0} are the encoder's maps at strides 2 to 32; x^{i,j} joins all of
+  x^{i,0} ... x^{i,j-1} with the enlarged x^{i+1,j-1}. Differences from the
+  paper: a pretrained encoder; nodes of a 1x1 and a 3x3 convolution in place of
+  two 3x3; bilinear enlargement; the row of full size left out, the logits of
+  stride 2 being enlarged.
+
+  Attributes:
+    encoder_variant: "lite0" or "lite2".
+    widths: channels of the nodes at strides 2, 4, 8 and 16.
+    deep_supervision: also return "side_logits".
+    drop_rate: of the encoder; above 0, training needs `rngs={"dropout": key}`.
+    dtype: of the computation; parameters and logits are float32.
+    axis_name: mapped axis over which BatchNorm shares its statistics.
+  """
+
+  encoder_variant: str = "lite2"
+  widths: Sequence[int] = (24, 48, 64, 96)
+  deep_supervision: bool = False
+  drop_rate: float = 0.0
+  dtype: Any = jnp.float32
+  axis_name: str | None = None
+
+  @nn.compact
+  def __call__(self, image: Array, train: bool = False) -> dict[str, Any]:
+    """Segments `image`.
+
+    Args:
+      image: [B, H, W, 3] float in [0, 1], RGB; sides divisible by 32.
+      train: whether BatchNorm uses and updates the batch's statistics.
+
+    Returns:
+      logits [B, H, W] float32; low, high, s16 (encoder, strides 4, 8, 16);
+      decoder_low x^{1,3} and decoder_high x^{2,2} (strides 4 and 8); with
+      `deep_supervision` also side_logits, the [B, H, W] of x^{0,1}, x^{0,2}
+      and x^{0,3}, shallowest first.
+
+    Raises:
+      ValueError: if `widths` are not four, or a side not divisible by 32.
+    """
+    if len(self.widths) != 4:
+      raise ValueError(f"widths must be four, strides 2 to 16: {self.widths}")
+    if image.shape[1] % 32 or image.shape[2] % 32:
+      raise ValueError(f"sides must be divisible by 32: {image.shape}")
+    norm = layers.batch_norm(train, dtype=self.dtype, axis_name=self.axis_name)
+    encoded = efficientnet_lite.EfficientNetLite(
+      self.encoder_variant,
+      drop_rate=self.drop_rate,
+      dtype=self.dtype,
+      axis_name=self.axis_name,
+      name="encoder",
+    )(image, train)
+
+    rows = [[encoded[stride]] for stride in (2, 4, 8, 16, 32)]
+    for j in range(1, 5):
+      for i in range(5 - j):
+        x = Node(self.widths[i], norm, self.dtype, name=f"node{i}_{j}")(
+          rows[i], rows[i + 1][j - 1]
+        )
+        rows[i].append(x)
+
+    def logits(x: Array, name: str) -> Array:
+      x = layers.Conv(1, 1, use_bias=True, dtype=self.dtype, name=name)(x)
+      return layers.upsample_2x(x.astype(jnp.float32))[..., 0]
+
+    out = {
+      "logits": logits(rows[0][4], "head"),
+      "low": encoded[4],
+      "high": encoded[8],
+      "s16": encoded[16],
+      "decoder_low": rows[1][3],
+      "decoder_high": rows[2][2],
+    }
+    if self.deep_supervision:
+      out["side_logits"] = [
+        logits(rows[0][j], f"side_head{j}") for j in (1, 2, 3)
+      ]
+    return out
