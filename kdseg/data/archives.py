@@ -1,0 +1,259 @@
+"""Reads files out of archives and folders, without unpacking or trusting them.
+
+An official download is a zip; a user may have unpacked it already. Both become
+a list of `File`, so that what is built on top never asks which one it was.
+Nothing is ever extracted to disk: members are read one by one into memory,
+up to a limit, which leaves a hostile archive nothing to overwrite or to fill.
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterable
+import dataclasses
+import functools
+import hashlib
+import os
+import pathlib
+import stat
+import zipfile
+import zlib
+
+# A 50-megapixel 24-bit bitmap has 150 MB; the largest official image has 37.
+MAX_FILE_BYTES = 256 * 2**20
+MAX_FILES = 200_000
+
+_IGNORED_DIRECTORIES = frozenset({"__MACOSX"})
+_IGNORED_NAMES = frozenset({"thumbs.db", "desktop.ini"})
+_IGNORED_STEMS = (
+  "readme",
+  "license",
+  "licence",
+  "copying",
+  "attribution",
+  "citation",
+  "md5sum",
+  "sha256sum",
+)
+
+
+class DataError(ValueError):
+  """Something is wrong with the data; the message says what to do about it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+  """One file of an archive or a folder, read only when asked for.
+
+  Attributes:
+    path: where it lies inside the archive or folder, with forward slashes.
+    source: the archive or folder it comes from.
+    size: its length in bytes.
+    read: returns its content; raises `DataError` if it cannot.
+  """
+
+  path: str
+  source: str
+  size: int
+  read: Callable[[], bytes] = dataclasses.field(repr=False, compare=False)
+
+  @property
+  def name(self) -> str:
+    """The last part of the path."""
+    return self.path.rsplit("/", 1)[-1]
+
+  @property
+  def stem(self) -> str:
+    """The name without its suffix."""
+    return self.name.rsplit(".", 1)[0]
+
+  @property
+  def suffix(self) -> str:
+    """The suffix in lower case, with its dot; empty if there is none."""
+    return pathlib.PurePosixPath(self.name).suffix.lower()
+
+  @property
+  def where(self) -> str:
+    """Names the file in an error message."""
+    return f"{self.source}: {self.path}"
+
+
+def list_files(path: str | os.PathLike[str]) -> tuple[File, ...]:
+  """Lists what a zip archive or a folder holds, sorted by path.
+
+  Left out are folders, hidden files, `__MACOSX`, and files that describe
+  rather than belong (readme, licence, attribution).
+
+  Args:
+    path: a `.zip` file or a folder.
+
+  Returns:
+    The files, unread.
+
+  Raises:
+    DataError: if there is no such path, if it is a `.rar` or another kind of
+      file, if the archive is damaged, or if a member's name or size is not
+      what an honest archive contains.
+  """
+  path = pathlib.Path(path)
+  if path.is_dir():
+    files = _list_folder(path)
+  elif not path.exists():
+    raise DataError(f"{path} does not exist; check the path.")
+  elif path.suffix.lower() == ".rar":
+    raise DataError(
+      f"{path} is a RAR archive, which Python cannot open. Unpack it first:\n"
+      f"  unrar x '{path}' '{path.parent}{os.sep}'\n"
+      "(or `7z x`, or `bsdtar -xf`) and leave the folder beside it."
+    )
+  else:
+    files = _list_zip(path)
+  kept = (file for file in files if not _is_ignored(file.path))
+  return tuple(sorted(kept, key=lambda file: file.path))
+
+
+def stamp(files: Iterable[File]) -> str:
+  """A short hash of the names and sizes of files, in any order.
+
+  Equal for an archive and the folder it unpacks to; cheap, as nothing is read.
+  A file replaced by another one of the same name and length goes unnoticed;
+  the hash over the decoded arrays (`pipeline.fingerprint`) notices it.
+  """
+  digest = hashlib.sha256()
+  for line in sorted(f"{file.name}\t{file.size}\n" for file in files):
+    digest.update(line.encode())
+  return digest.hexdigest()[:16]
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+  """The SHA-256 of a file, in hex."""
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_ignored(path: str) -> bool:
+  *directories, name = path.split("/")
+  return (
+    any(d in _IGNORED_DIRECTORIES or d.startswith(".") for d in directories)
+    or name.startswith(".")
+    or name.lower() in _IGNORED_NAMES
+    or name.lower().startswith(_IGNORED_STEMS)
+  )
+
+
+def _list_folder(root: pathlib.Path) -> list[File]:
+  files = []
+  for directory, _, names in os.walk(root):
+    for name in names:
+      path = pathlib.Path(directory, name)
+      relative = path.relative_to(root).as_posix()
+      if _is_ignored(relative):
+        continue
+      size = _size_on_disk(path)
+      read = functools.partial(_read_path, path)
+      files.append(File(relative, str(root), size, read))
+      if len(files) > MAX_FILES:
+        raise DataError(
+          f"{root} holds more than {MAX_FILES} files; name the folder of the"
+          " data set itself."
+        )
+  return files
+
+
+def _size_on_disk(path: pathlib.Path) -> int:
+  try:
+    size = path.stat().st_size
+  except OSError as error:
+    raise DataError(f"{path} cannot be read: {error.strerror}.") from None
+  if size > MAX_FILE_BYTES:
+    raise DataError(_too_large(str(path), size))
+  return size
+
+
+def _read_path(path: pathlib.Path) -> bytes:
+  try:
+    return path.read_bytes()
+  except OSError as error:
+    raise DataError(f"{path} cannot be read: {error.strerror}.") from None
+
+
+def _list_zip(path: pathlib.Path) -> list[File]:
+  try:
+    archive = zipfile.ZipFile(path)
+  except (zipfile.BadZipFile, OSError, ValueError) as error:
+    raise DataError(
+      f"{path} is no readable zip archive ({error}); it may be cut off:"
+      " download it again."
+    ) from None
+  members = archive.infolist()
+  if len(members) > MAX_FILES:
+    raise DataError(
+      f"{path} lists {len(members)} members, more than {MAX_FILES}: this is"
+      " not an archive of this data set."
+    )
+  files = []
+  for member in members:
+    if member.is_dir():
+      continue
+    _refuse_unsafe(path, member)
+    read = functools.partial(_read_member, archive, member, path)
+    files.append(File(member.filename, str(path), member.file_size, read))
+  return files
+
+
+def _refuse_unsafe(path: pathlib.Path, member: zipfile.ZipInfo) -> None:
+  where = f"{path}: {member.filename!r}"
+  # `orig_filename` still has what zipfile has tidied away: a NUL, a backslash.
+  name = member.orig_filename
+  parts = name.replace("\\", "/").split("/")
+  if (
+    ".." in parts
+    or name.startswith(("/", "\\"))
+    or "\\" in name
+    or "\0" in name
+    or parts[0].endswith(":")
+  ):
+    raise DataError(
+      f"{where} points outside the archive; refusing it. Download the archive"
+      " again from its official page."
+    )
+  if stat.S_ISLNK(member.external_attr >> 16):
+    raise DataError(
+      f"{where} is a symbolic link; refusing it. Download the archive again"
+      " from its official page."
+    )
+  if member.file_size > MAX_FILE_BYTES:
+    raise DataError(_too_large(where, member.file_size))
+
+
+def _read_member(
+  archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: pathlib.Path
+) -> bytes:
+  where = f"{path}: {member.filename}"
+  try:
+    with archive.open(member) as file:
+      # The size in the directory is a claim; the limit holds regardless.
+      content = file.read(MAX_FILE_BYTES + 1)
+  except RuntimeError as error:  # encrypted
+    raise DataError(
+      f"{where} cannot be read ({error}); the official archives have no"
+      " password."
+    ) from None
+  except (
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    NotImplementedError,
+    OSError,
+  ) as error:
+    raise DataError(
+      f"{where} is damaged ({error}); download the archive again."
+    ) from None
+  if len(content) > MAX_FILE_BYTES:
+    raise DataError(_too_large(where, len(content)))
+  return content
+
+
+def _too_large(where: str, size: int) -> str:
+  return (
+    f"{where} would take {size / 2**20:.0f} MiB, more than the limit of"
+    f" {MAX_FILE_BYTES // 2**20} MiB for one file; refusing it."
+  )

@@ -1,0 +1,249 @@
+"""Image and mask pairs: found, matched, checked, decoded.
+
+Each data set lists its files as an `Inventory`; the builders, `verify` and the
+tests all work from it, so that they agree on what belongs to what.
+"""
+
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
+import dataclasses
+import hashlib
+import io
+import warnings
+
+import numpy as np
+from PIL import Image
+
+from kdseg.data import archives
+from kdseg.data.archives import DataError
+
+# Twice the largest side of any dermatoscope's camera, squared.
+MAX_PIXELS = 100_000_000
+
+GREY_MASKS = ("error", "threshold")
+
+_FORMATS = ("JPEG", "PNG", "BMP", "TIFF")
+_MASK_MODES = frozenset({"1", "L", "P", "RGB", "RGBA", "LA"})
+_IMAGE_MODES = frozenset({"RGB", "L", "P", "RGBA", "LA", "CMYK", "YCbCr"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+  """An image, its mask, and what is known about them.
+
+  Attributes:
+    id: unique within the data set.
+    image: the image's file.
+    mask: the mask's file.
+    diagnosis: in the data set's own words; empty if not known.
+  """
+
+  id: str
+  image: archives.File
+  mask: archives.File
+  diagnosis: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Inventory:
+  """What was found of a data set, before any image is decoded.
+
+  Attributes:
+    splits: the pairs of each split, sorted by id; no empty split.
+    official: by split, how many pairs its official release has (training and
+      validation come out of one release, so both say 900 for ISIC-2016).
+    found: by split, how many pairs of that release were found.
+    excluded: ids found but kept out of training and validation.
+    problems: what forbids the use of the data set, one line each.
+    notes: what a reader should know and nothing forbids.
+    stamp: hash of the names and sizes of the files (`archives.stamp`).
+  """
+
+  splits: Mapping[str, tuple[Pair, ...]]
+  official: Mapping[str, int]
+  found: Mapping[str, int]
+  excluded: tuple[str, ...] = ()
+  problems: tuple[str, ...] = ()
+  notes: tuple[str, ...] = ()
+  stamp: str = ""
+
+  def check(self) -> None:
+    """Raises `DataError` with the first problem, if there is one."""
+    if not self.problems:
+      return
+    more = len(self.problems) - 1
+    suffix = (
+      f" ({more} more like this; `python -m kdseg.data verify` lists all.)"
+      if more
+      else ""
+    )
+    raise DataError(self.problems[0] + suffix)
+
+
+def listing(names: Iterable[str], limit: int = 5) -> str:
+  """Names joined by commas, the rest counted."""
+  names = list(names)
+  shown = ", ".join(names[:limit])
+  rest = len(names) - limit
+  return f"{shown} and {rest} more" if rest > 0 else shown
+
+
+def is_validation(id_: str) -> bool:
+  """Whether a training example is held out for validation: one in ten.
+
+  Depends on the id alone, so a partial set holds out the same examples as the
+  whole one, and so does every machine.
+  """
+  digest = hashlib.sha256(id_.encode()).digest()
+  return int.from_bytes(digest[:8], "big") % 10 == 0
+
+
+def hold_out(pairs: Sequence[Pair]) -> dict[str, tuple[Pair, ...]]:
+  """Divides training pairs into `train` and `validation` by `is_validation`."""
+  return {
+    "train": tuple(p for p in pairs if not is_validation(p.id)),
+    "validation": tuple(p for p in pairs if is_validation(p.id)),
+  }
+
+
+def decode_image(content: bytes, where: str) -> np.ndarray:
+  """Decodes an image to uint8 RGB [h, w, 3].
+
+  Grey, palette and CMYK pictures become RGB, transparency is dropped, and an
+  EXIF orientation is ignored, as masks are drawn on the pixels as stored.
+
+  Raises:
+    DataError: if the image is damaged, too large or of an unknown kind.
+  """
+  image = _open(content, where)
+  if image.mode not in _IMAGE_MODES:
+    raise DataError(
+      f"{where} has pixels of kind {image.mode!r}; convert it to 8-bit RGB."
+    )
+  return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def decode_mask(
+  content: bytes, where: str, *, grey_masks: str = "error"
+) -> np.ndarray:
+  """Decodes a mask to bool [h, w]; lesion where the value is above 128.
+
+  A clean mask has one or two values: 0 and 255 (or 0 and 1, then 1 is lesion).
+  Others come from resizing with interpolation or from lossy compression, which
+  has moved the border; they are refused unless `grey_masks="threshold"`.
+
+  Args:
+    content: the encoded mask; 1-bit, 8-bit, palette or 24-bit without colour.
+    where: names the file in errors.
+    grey_masks: `"error"` or `"threshold"` (the official rule, > 128, applied
+      to whatever is there).
+
+  Raises:
+    DataError: if the mask is damaged, too large, coloured, or grey.
+  """
+  if grey_masks not in GREY_MASKS:
+    raise ValueError(f"grey_masks is {grey_masks!r}, not one of {GREY_MASKS}.")
+  values = mask_values(content, where)
+  if values.max(initial=0) == 1:
+    return values == 1
+  if grey_masks == "error":
+    between = (values != 0) & (values != 255)
+    count = int(np.count_nonzero(between))
+    if count:
+      raise DataError(
+        f"{where} is a mask with grey values: {count} of {values.size} pixels"
+        f" are neither 0 nor 255 (the first is {int(values[between][0])})."
+        ' Use the original mask, or pass grey_masks="threshold" to count'
+        " everything above 128 as lesion."
+      )
+  return values > 128
+
+
+def mask_values(content: bytes, where: str) -> np.ndarray:
+  """The grey values of a mask, uint8 [h, w], before any threshold.
+
+  Raises:
+    DataError: if the mask is damaged, too large, or coloured.
+  """
+  image = _open(content, where)
+  if image.mode not in _MASK_MODES:
+    raise DataError(
+      f"{where} has pixels of kind {image.mode!r}; a mask has 1, 8 or 24 bits."
+    )
+  if image.mode in ("1", "L"):
+    return np.array(image.convert("L"))
+  channels = np.array(image.convert("RGB"))
+  if (channels != channels[..., :1]).any():
+    raise DataError(
+      f"{where} has colours; a mask is black and white. Is it the image?"
+    )
+  return channels[..., 0]
+
+
+def decode_pair(
+  pair: Pair, *, grey_masks: str = "error"
+) -> tuple[np.ndarray, np.ndarray]:
+  """Decodes image and mask: uint8 [h, w, 3] and bool [h, w].
+
+  Raises:
+    DataError: as `decode_image` and `decode_mask`, or if the sizes differ.
+  """
+  image = decode_image(pair.image.read(), pair.image.where)
+  mask = decode_mask(pair.mask.read(), pair.mask.where, grey_masks=grey_masks)
+  check_sizes(pair, image, mask)
+  return image, mask
+
+
+def check_sizes(pair: Pair, image: np.ndarray, mask: np.ndarray) -> None:
+  """Raises `DataError` if a mask has another size than its image."""
+  if image.shape[:2] == mask.shape[:2]:
+    return
+  (height, width), (mask_height, mask_width) = image.shape[:2], mask.shape[:2]
+  raise DataError(
+    f"{pair.id}: the mask is {mask_width}x{mask_height} but the image is"
+    f" {width}x{height} ({pair.mask.where}, {pair.image.where}). They must"
+    " come from the same release and be resized, if at all, together."
+  )
+
+
+def encode_png(array: np.ndarray) -> bytes:
+  """Encodes uint8 [h, w] or [h, w, 3], without loss."""
+  buffer = io.BytesIO()
+  Image.fromarray(array).save(buffer, format="PNG")
+  return buffer.getvalue()
+
+
+def keep_or_encode(content: bytes, image: np.ndarray) -> bytes:
+  """The encoded image as it came, if any reader decodes it to RGB; else PNG."""
+  with Image.open(io.BytesIO(content), formats=_FORMATS) as header:
+    keep = header.format in ("JPEG", "PNG") and header.mode == "RGB"
+  return content if keep else encode_png(image)
+
+
+def _open(content: bytes, where: str) -> Image.Image:
+  """Opens and decodes wholly, so that a cut-off file shows here."""
+  if not content:
+    raise DataError(f"{where} is empty; replace it by the original file.")
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+      image = Image.open(io.BytesIO(content), formats=_FORMATS)
+      width, height = image.size
+      if width * height > MAX_PIXELS:
+        raise DataError(
+          f"{where} claims {width}x{height} pixels, more than the limit of"
+          f" {MAX_PIXELS}; refusing to decode it."
+        )
+      image.load()
+  except Image.DecompressionBombError as error:
+    raise DataError(f"{where}: {error}") from None
+  except DataError:
+    raise
+  except Exception as error:
+    # Pillow's decoders raise OSError, SyntaxError, struct.error and others.
+    raise DataError(
+      f"{where} cannot be decoded ({error}): it is cut off or no image."
+      " Replace it by the original file."
+    ) from None
+  return image

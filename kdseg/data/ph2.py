@@ -1,0 +1,231 @@
+"""PH2: 200 dermoscopic images with lesion masks and diagnoses.
+
+Mendonca et al., "PH2 - A dermoscopic image database for research and
+benchmarking", EMBC 2013. Free for research; it has to be downloaded by hand
+and may not be passed on.
+"""
+
+import pathlib
+import re
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from kdseg.data import archives
+from kdseg.data import builder
+from kdseg.data import pairs
+from kdseg.data.archives import DataError
+from kdseg.data.archives import File
+from kdseg.data.pairs import Inventory
+from kdseg.data.pairs import Pair
+
+HOMEPAGE = "https://www.fc.up.pt/addi/ph2%20database.html"
+COUNT = 200
+TABLE = "PH2_dataset.txt"
+# The codes of the table's column "Clinical Diagnosis".
+DIAGNOSES = {"0": "common_nevus", "1": "atypical_nevus", "2": "melanoma"}
+
+IDS = tuple(
+  f"IMD{number:03d}"
+  for number in map(
+    int,
+    """
+    2 3 4 6 8 9 10 13 14 15 16 17 18 19 20 21 22 23 24 25 27 30 31 32 33 35 36
+    37 38 39 40 41 42 43 44 45 47 48 49 50 57 58 61 63 64 65 75 76 78 80 85 88
+    90 91 92 101 103 105 107 108 112 118 120 125 126 132 133 134 135 137 138
+    139 140 142 143 144 146 147 149 150 152 153 154 155 156 157 159 160 161
+    162 164 166 168 169 170 171 173 175 176 177 182 196 197 198 199 200 203
+    204 206 207 208 210 211 219 226 240 242 243 251 254 256 278 279 280 284
+    285 304 305 306 312 328 331 339 347 348 349 356 360 364 365 367 368 369
+    370 371 372 374 375 376 378 379 380 381 382 383 384 385 386 388 389 390
+    392 393 394 395 396 397 398 399 400 402 403 404 405 406 407 408 409 410
+    411 413 417 418 419 420 421 423 424 425 426 427 429 430 431 432 433 434
+    435 436 437
+    """.split(),
+  )
+)
+
+_IMAGE = re.compile(r"(IMD\d{3})\.bmp", re.IGNORECASE)
+_MASK = re.compile(r"(IMD\d{3})_lesion\.bmp", re.IGNORECASE)
+# Colour regions and the documentation come with the whole archive.
+_KNOWN_EXTRAS = re.compile(
+  r"(?:.*/)?(?:IMD\d{3}_roi/.*|PH2_dataset\.(?:txt|xlsx?)|[^/]*\.pdf)",
+  re.IGNORECASE,
+)
+
+
+class Ph2(builder.PairBuilder):
+  """tfds builder `ph2`; one split, test, with all 200 images.
+
+  The feature `diagnosis` is `common_nevus`, `atypical_nevus`, `melanoma`, or
+  empty where `PH2_dataset.txt` is not there or does not list the image.
+  """
+
+  name = "ph2"
+  MANUAL_DOWNLOAD_INSTRUCTIONS = (
+    f"Download PH2Dataset.rar from {HOMEPAGE}, unpack it"
+    " (`unrar x PH2Dataset.rar`), and pass the folder that holds the folder"
+    " PH2Dataset (or a PH2Dataset.zip of it) as manual_dir."
+  )
+  description = (
+    "200 dermoscopic images (80 common nevi, 80 atypical nevi, 40 melanomas)"
+    " with lesion masks."
+  )
+  homepage = HOMEPAGE
+  citation = """@inproceedings{mendonca2013ph2,
+  title={PH2 - A dermoscopic image database for research and benchmarking},
+  author={Mendon{\\c{c}}a, Teresa and Ferreira, Pedro M. and Marques, Jorge S.
+    and Marcal, Andr{\\'e} R. S. and Rozeira, Jorge},
+  booktitle={International Conference of the IEEE Engineering in Medicine and
+    Biology Society (EMBC)},
+  pages={5437--5440},
+  year={2013}
+}"""
+
+  def extra_features(self) -> dict[str, Any]:
+    """See base class."""
+    return {"diagnosis": tfds.features.Text()}
+
+  def extra_values(self, pair: Pair) -> dict[str, Any]:
+    """See base class."""
+    return {"diagnosis": pair.diagnosis}
+
+  def inventory(
+    self,
+    manual_dir: pathlib.Path | None,
+    download: builder.Download | None = None,
+  ) -> Inventory:
+    """See base class."""
+    del download  # the licence wants a visit to the page
+    if manual_dir is None:
+      raise DataError(f"{self.name}: {self.MANUAL_DOWNLOAD_INSTRUCTIONS}")
+    return take_inventory(find_source(manual_dir))
+
+
+def find_source(manual_dir: pathlib.Path) -> pathlib.Path:
+  """The zip or folder of PH2 in a folder, or the folder itself.
+
+  Raises:
+    DataError: if it is not there, or only as a RAR.
+  """
+  for candidate in (
+    manual_dir / "PH2Dataset.zip",
+    manual_dir / "PH2Dataset",
+    manual_dir / "PH2 Dataset images",
+  ):
+    if candidate.exists():
+      # The table lies beside the images' folder.
+      is_images = candidate.name == "PH2 Dataset images"
+      return manual_dir if is_images else candidate
+  rars = sorted(
+    path
+    for path in manual_dir.glob("*")
+    if path.name.lower() == "ph2dataset.rar"
+  )
+  if rars:
+    archives.list_files(rars[0])  # says how to unpack it
+  raise DataError(
+    f"{manual_dir} has no PH2Dataset (folder or .zip). "
+    + Ph2.MANUAL_DOWNLOAD_INSTRUCTIONS
+  )
+
+
+def take_inventory(source: pathlib.Path) -> Inventory:
+  """Matches images and masks by id and compares with the official release.
+
+  Args:
+    source: the zip, or the folder it unpacks to.
+
+  Returns:
+    The inventory; its `problems` name file or id.
+
+  Raises:
+    DataError: if the source cannot be read at all.
+  """
+  files = archives.list_files(source)
+  images: dict[str, File] = {}
+  masks: dict[str, File] = {}
+  table = None
+  strangers = []
+  problems = []
+  for file in files:
+    # Regions of interest are named like other files; only their folder tells.
+    if _KNOWN_EXTRAS.fullmatch(file.path):
+      table = file if file.name.lower() == TABLE.lower() else table
+      continue
+    for pattern, found in ((_IMAGE, images), (_MASK, masks)):
+      if match := pattern.fullmatch(file.name):
+        id_ = match[1].upper()
+        if id_ in found:
+          problems.append(
+            f"{source} has {id_} twice ({found[id_].path}, {file.path}); keep"
+            " one."
+          )
+        found[id_] = file
+        break
+    else:
+      strangers.append(file.path)
+
+  if not images or not masks:
+    kind = "image IMD000.bmp" if not images else "mask IMD000_lesion.bmp"
+    problems.insert(
+      0,
+      f"{source} is not PH2: it has no file named like the {kind} (but"
+      f" {pairs.listing(strangers) or 'nothing else'}). "
+      + Ph2.MANUAL_DOWNLOAD_INSTRUCTIONS,
+    )
+  else:
+    problems += _compare_with_release(source, images, masks)
+    if strangers:
+      problems.append(
+        f"{source} has files that do not belong to PH2:"
+        f" {pairs.listing(strangers)}. Remove them."
+      )
+
+  diagnoses = _read_table(table) if table else {}
+  found = tuple(
+    Pair(id_, images[id_], masks[id_], diagnoses.get(id_, ""))
+    for id_ in sorted(images.keys() & masks.keys())
+  )
+  known = sum(bool(pair.diagnosis) for pair in found)
+  return Inventory(
+    splits={"test": found} if found else {},
+    official={"test": COUNT},
+    found={"test": len(found)},
+    problems=tuple(problems),
+    notes=(f"{known} of {len(found)} images have a diagnosis.",),
+    stamp=archives.stamp(files),
+  )
+
+
+def _compare_with_release(
+  source: pathlib.Path, images: dict[str, File], masks: dict[str, File]
+) -> list[str]:
+  problems = []
+  for kind, found in (("image", images), ("mask", masks)):
+    if foreign := sorted(found.keys() - set(IDS)):
+      problems.append(
+        f"{source} has {pairs.listing(foreign)}, no {kind} of PH2. Remove it."
+      )
+    if missing := sorted(set(IDS) - found.keys()):
+      problems.append(
+        f"{source} lacks the {kind} of {pairs.listing(missing)}"
+        f" ({len(missing)} of {COUNT}). The set has to be whole; unpack"
+        " PH2Dataset.rar again."
+      )
+  return problems
+
+
+def _read_table(table: File) -> dict[str, str]:
+  """Reads ids and diagnoses from the table, whose columns `||` separates."""
+  diagnoses = {}
+  column = None
+  for line in table.read().decode("utf-8", errors="replace").splitlines():
+    cells = [cell.strip() for cell in line.strip().strip("|").split("||")]
+    if "Clinical Diagnosis" in cells:
+      column = cells.index("Clinical Diagnosis")
+    elif column is not None and len(cells) > column:
+      code = cells[column]
+      if cells[0].upper().startswith("IMD") and code in DIAGNOSES:
+        diagnoses[cells[0].upper()] = DIAGNOSES[code]
+  return diagnoses

@@ -1,0 +1,488 @@
+"""From a prepared data set to batches, a pure function of (seed, step).
+
+Each split is read once, resized, and kept as uint8 arrays in memory. Which
+examples a step sees is arithmetic on the step, so a resumed run needs no saved
+position and two arms of a comparison see the same batches.
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
+from concurrent import futures
+import dataclasses
+import hashlib
+import io
+import os
+import pathlib
+import queue
+import threading
+from typing import Any
+from typing import TypeVar
+
+import numpy as np
+from PIL import Image
+import tensorflow_datasets as tfds
+
+from kdseg.data import builder as builder_lib
+from kdseg.data.archives import DataError
+
+T = TypeVar("T")
+U = TypeVar("U")
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Arrays:
+  """One split, resized, in memory.
+
+  Attributes:
+    name: of the data set, e.g. `isic2016`.
+    split: `train`, `validation` or `test`.
+    ids: one per example, sorted.
+    image: [N, S, S, 3] uint8 RGB.
+    mask: [N, S, S] uint8, 1 where there is lesion.
+    official_count: pairs in the official release that the split comes from
+      (900 for both train and validation of ISIC-2016).
+    found_count: pairs of that release that were found, excluded ones included.
+    excluded: ids that were found but are kept out of training and validation.
+    native_masks: each mask as PNG at the image's own size; see `native_mask`.
+  """
+
+  name: str
+  split: str
+  ids: tuple[str, ...]
+  image: np.ndarray
+  mask: np.ndarray
+  official_count: int
+  found_count: int
+  excluded: tuple[str, ...] = ()
+  native_masks: tuple[bytes, ...] = dataclasses.field(default=(), repr=False)
+
+  def __len__(self) -> int:
+    return len(self.ids)
+
+  @property
+  def coverage(self) -> str:
+    """How much of the official release this is, e.g. `751 of 900`."""
+    return f"{self.found_count} of {self.official_count}"
+
+  def native_mask(self, index: int) -> np.ndarray:
+    """The mask of one example at its own size, bool [h, w]."""
+    return _to_mask(self.native_masks[index])
+
+  def native_size(self, index: int) -> tuple[int, int]:
+    """Height and width of one example's own image, in pixels."""
+    with Image.open(io.BytesIO(self.native_masks[index])) as mask:
+      width, height = mask.size
+    return height, width
+
+
+def load(
+  name: str,
+  split: str,
+  *,
+  size: int,
+  data_dir: str | os.PathLike[str] | None = None,
+  manual_dir: str | os.PathLike[str] | None = None,
+  **options: Any,
+) -> Arrays:
+  """Reads one split into memory, preparing the data set on first use.
+
+  Images are resized by an antialiased bilinear filter; masks by area: a pixel
+  is lesion if at least half of the pixels it covers are. Both squash the frame
+  to a square; nothing is cropped or padded.
+
+  Args:
+    name: `isic2016`, `ph2`, `synthetic` or `folder`.
+    split: `train`, `validation` or `test`.
+    size: side S of the square, in pixels.
+    data_dir: where prepared data sets lie; the default of tfds if None.
+    manual_dir: the official archives, or for `folder` the folder itself.
+    **options: of the builder, e.g. `duplicates="include"`.
+
+  Returns:
+    The split, ordered by id.
+
+  Raises:
+    DataError: if the data are not there or not as they should be.
+  """
+  if size <= 0:
+    raise ValueError(f"size is {size}; it is a number of pixels, so above 0.")
+  builder = prepare(name, data_dir=data_dir, manual_dir=manual_dir, **options)
+  if split not in builder.info.splits:
+    raise DataError(
+      f"{name} has no split {split!r}, only"
+      f" {', '.join(sorted(builder.info.splits))}."
+    )
+  source = builder.as_data_source(
+    split,
+    decoders={
+      "image": tfds.decode.SkipDecoding(),
+      "mask": tfds.decode.SkipDecoding(),
+    },
+  )
+  records = sorted(
+    (source[i] for i in range(len(source))), key=lambda record: record["id"]
+  )
+  count = len(records)
+  image = np.empty((count, size, size, 3), np.uint8)
+  mask = np.empty((count, size, size), np.uint8)
+
+  def fill(index: int) -> None:
+    record = records[index]
+    image[index] = resize_image(_to_image(record["image"]), size)
+    mask[index] = resize_mask(_to_mask(record["mask"]), size)
+
+  # Pillow decodes and resizes outside the interpreter's lock.
+  with futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    for _ in pool.map(fill, range(count)):
+      pass
+
+  metadata = builder.info.metadata
+  return Arrays(
+    name=name,
+    split=split,
+    ids=tuple(_text(record["id"]) for record in records),
+    image=image,
+    mask=mask,
+    official_count=int(metadata["official_count"].get(split, count)),
+    found_count=int(metadata["found_count"].get(split, count)),
+    excluded=tuple(metadata["excluded"]),
+    native_masks=tuple(bytes(record["mask"]) for record in records),
+  )
+
+
+def prepare(
+  name: str,
+  *,
+  data_dir: str | os.PathLike[str] | None = None,
+  manual_dir: str | os.PathLike[str] | None = None,
+  **options: Any,
+) -> builder_lib.PairBuilder:
+  """Returns the builder of a prepared data set, preparing it if it is not.
+
+  Args:
+    name: `isic2016`, `ph2`, `synthetic` or `folder`.
+    data_dir: see `load`.
+    manual_dir: see `load`.
+    **options: see `load`.
+
+  Returns:
+    The tfds builder, ready for `as_data_source`.
+
+  Raises:
+    DataError: if the data are not as they should be, or were prepared from
+      other files than those in `manual_dir`.
+  """
+  if manual_dir is not None:
+    manual_dir = pathlib.Path(manual_dir).expanduser()
+    if not manual_dir.is_dir():
+      raise DataError(
+        f"manual_dir {manual_dir} is no folder; it should hold the files of"
+        f" {name}."
+      )
+  if name == "folder":
+    options.setdefault("directory", str(manual_dir) if manual_dir else "")
+  builder = make_builder(name, data_dir=data_dir, **options)
+  if builder.is_prepared():
+    _check_same_files(builder, manual_dir)
+    return builder
+  config = tfds.download.DownloadConfig(
+    manual_dir=None if manual_dir is None else str(manual_dir),
+    try_download_gcs=False,
+  )
+  builder.download_and_prepare(download_config=config)
+  return builder
+
+
+def make_builder(
+  name: str,
+  *,
+  data_dir: str | os.PathLike[str] | None = None,
+  **options: Any,
+) -> builder_lib.PairBuilder:
+  """The tfds builder of a data set, not prepared; knows kdseg's names only."""
+  # At the foot of the imports, as the builders are known once imported.
+  from kdseg.data import folder
+  from kdseg.data import isic2016
+  from kdseg.data import ph2
+  from kdseg.data import synthetic
+
+  classes = {
+    "isic2016": isic2016.Isic2016,
+    "ph2": ph2.Ph2,
+    "synthetic": synthetic.Synthetic,
+    "folder": folder.Folder,
+  }
+  if name not in classes:
+    raise DataError(
+      f"no data set is called {name!r}; there are {', '.join(classes)}."
+    )
+  return classes[name](data_dir=data_dir, **options)
+
+
+def _check_same_files(
+  builder: builder_lib.PairBuilder, manual_dir: pathlib.Path | None
+) -> None:
+  """Raises if the prepared records come from other files than these."""
+  if manual_dir is None:
+    return
+  stamp = builder.inventory(manual_dir).stamp
+  if stamp != builder.info.metadata["stamp"]:
+    raise DataError(
+      f"{builder.data_dir} was prepared from other files than those in"
+      f" {manual_dir}. Delete it to prepare it anew, or name another data_dir."
+    )
+
+
+def resize_image(image: np.ndarray, size: int) -> np.ndarray:
+  """Resizes uint8 [h, w, 3] to [size, size, 3], bilinear and antialiased."""
+  if image.shape[:2] == (size, size):
+    return image
+  resized = Image.fromarray(image).resize(
+    (size, size), Image.Resampling.BILINEAR
+  )
+  return np.asarray(resized)
+
+
+def resize_mask(mask: np.ndarray, size: int) -> np.ndarray:
+  """Resizes bool [h, w] to uint8 [size, size]: 1 where half or more is lesion.
+
+  Enlarging repeats pixels.
+  """
+  if mask.shape == (size, size):
+    return mask.astype(np.uint8)
+  share = Image.fromarray(mask.astype(np.float32)).resize(
+    (size, size), Image.Resampling.BOX
+  )
+  # One part in a million for sums like 1/3 + 1/6.
+  return (np.asarray(share) >= 0.5 - 1e-6).astype(np.uint8)
+
+
+def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
+  """The order of `n` examples in one epoch, int32 [n].
+
+  Sorts the raw output of a counter-based generator, which numpy promises not
+  to change; its `permutation` comes without that promise.
+  """
+  bits = np.random.Philox(np.random.SeedSequence([seed, epoch]))
+  return np.argsort(bits.random_raw(n), kind="stable").astype(np.int32)
+
+
+def batch_indices(seed: int, step: int, batch_size: int, n: int) -> np.ndarray:
+  """The examples of one step, int32 [batch_size].
+
+  Epochs follow each other without a gap: a batch may end one epoch and begin
+  the next, so every example is seen equally often and no batch is short. (Such
+  a batch can hold an example twice, as can any batch larger than `n`.)
+
+  Args:
+    seed: of the run.
+    step: counts from 0.
+    batch_size: examples in a step, over all devices and hosts.
+    n: examples in the split.
+
+  Raises:
+    ValueError: if `step` is negative, or a count is not positive.
+  """
+  if step < 0 or batch_size <= 0 or n <= 0:
+    raise ValueError(
+      f"step {step} must be 0 or more, batch_size {batch_size} and n {n} above"
+      " 0."
+    )
+  positions = np.arange(step * batch_size, (step + 1) * batch_size)
+  epochs, within = np.divmod(positions, n)
+  orders = {
+    epoch: epoch_order(seed, int(epoch), n) for epoch in np.unique(epochs)
+  }
+  return np.array(
+    [orders[epoch][i] for epoch, i in zip(epochs, within, strict=True)],
+    np.int32,
+  )
+
+
+def steps_for_epochs(epochs: float, batch_size: int, n: int) -> int:
+  """Steps that show every example `epochs` times, rounded up."""
+  return int(np.ceil(epochs * n / batch_size))
+
+
+def shard_for_process(
+  indices: np.ndarray, process_index: int, process_count: int
+) -> np.ndarray:
+  """The part of a batch that one host loads: its block, in process order.
+
+  Raises:
+    ValueError: if the batch cannot be divided evenly.
+  """
+  if not 0 <= process_index < process_count:
+    raise ValueError(
+      f"process_index {process_index} is not below process_count"
+      f" {process_count}."
+    )
+  if len(indices) % process_count:
+    raise ValueError(
+      f"a batch of {len(indices)} cannot be divided over {process_count}"
+      " hosts; choose a multiple as batch_size."
+    )
+  share = len(indices) // process_count
+  return indices[process_index * share : (process_index + 1) * share]
+
+
+def batches(
+  arrays: Arrays,
+  *,
+  seed: int,
+  batch_size: int,
+  first_step: int,
+  last_step: int,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> Iterator[tuple[int, Batch]]:
+  """Yields (step, batch) for the steps `first_step` to `last_step - 1`.
+
+  Args:
+    arrays: the split to train on.
+    seed: of the run.
+    batch_size: examples in a step, over all devices and hosts.
+    first_step: the step to begin with; 0, or where a run was stopped.
+    last_step: one past the last step.
+    process_index: which host this is.
+    process_count: how many there are.
+
+  Yields:
+    The step, and `image` [B, S, S, 3] uint8, `mask` [B, S, S] uint8 and
+    `index` [B] int32 (position in `arrays.ids`) of this host's share.
+  """
+  for step in range(first_step, last_step):
+    index = shard_for_process(
+      batch_indices(seed, step, batch_size, len(arrays)),
+      process_index,
+      process_count,
+    )
+    yield (
+      step,
+      {
+        "image": arrays.image[index],
+        "mask": arrays.mask[index],
+        "index": index,
+      },
+    )
+
+
+def eval_batches(arrays: Arrays, batch_size: int) -> Iterator[Batch]:
+  """Yields every example once, in order, in batches of one size.
+
+  The last batch is filled up with black images of no lesion, index -1 and
+  `_mask` 0, so that any number of devices counts every image once.
+
+  Yields:
+    `image` [B, S, S, 3] uint8, `mask` [B, S, S] uint8, `index` [B] int32,
+    `_mask` [B] float32.
+  """
+  if batch_size <= 0:
+    raise ValueError(f"batch_size is {batch_size}; it must be above 0.")
+  for start in range(0, len(arrays), batch_size):
+    index = np.arange(start, min(start + batch_size, len(arrays)))
+    missing = batch_size - len(index)
+
+    def pad(values: np.ndarray, fill: int = 0, missing: int = missing):
+      width = [(0, missing)] + [(0, 0)] * (values.ndim - 1)
+      return np.pad(values, width, constant_values=fill)
+
+    yield {
+      "image": pad(arrays.image[index]),
+      "mask": pad(arrays.mask[index]),
+      "index": pad(index.astype(np.int32), fill=-1),
+      "_mask": pad(np.ones(len(index), np.float32)),
+    }
+
+
+def prefetch(
+  items: Iterable[T], put: Callable[[T], U], *, depth: int = 2
+) -> Iterator[U]:
+  """Applies `put` ahead of the consumer, in one background thread.
+
+  `put` is where arrays go to the devices, so copies overlap with steps. An
+  error of `items` or `put` is raised where its element would have come.
+  Closing or leaving the iterator stops the thread.
+
+  Args:
+    items: what to prepare, in order.
+    put: called once on each, in the thread.
+    depth: how many results may wait.
+
+  Yields:
+    `put(item)` for each item, in order.
+  """
+  if depth <= 0:
+    raise ValueError(f"depth is {depth}; it must be above 0.")
+  results: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
+  stopped = threading.Event()
+
+  def offer(kind: str, value: Any) -> bool:
+    while not stopped.is_set():
+      try:
+        results.put((kind, value), timeout=0.1)
+        return True
+      except queue.Full:
+        continue
+    return False
+
+  def work() -> None:
+    try:
+      for item in items:
+        if not offer("item", put(item)):
+          return
+    except BaseException as error:
+      offer("error", error)
+    else:
+      offer("end", None)
+
+  thread = threading.Thread(target=work, name="kdseg-prefetch", daemon=True)
+  thread.start()
+  try:
+    while True:
+      kind, value = results.get()
+      if kind == "end":
+        return
+      if kind == "error":
+        raise value
+      yield value
+  finally:
+    stopped.set()
+    thread.join()
+
+
+def fingerprint(arrays: Arrays) -> str:
+  """SHA-256 over everything that training or scoring can see of a split."""
+  digest = hashlib.sha256()
+
+  def add(content: bytes) -> None:
+    digest.update(len(content).to_bytes(8, "big"))
+    digest.update(content)
+
+  for text in (arrays.name, arrays.split, *arrays.ids):
+    add(text.encode())
+  for values in (arrays.image, arrays.mask):
+    add(repr((values.shape, values.dtype.str)).encode())
+    add(np.ascontiguousarray(values).tobytes())
+  for index in range(len(arrays)):
+    # Pixels, not PNG bytes: another zlib packs the same mask differently.
+    mask = arrays.native_mask(index)
+    add(repr(mask.shape).encode())
+    add(np.packbits(mask).tobytes())
+  return digest.hexdigest()
+
+
+def _to_image(content: bytes) -> np.ndarray:
+  with Image.open(io.BytesIO(content)) as image:
+    return np.asarray(image.convert("RGB"))
+
+
+def _to_mask(content: bytes) -> np.ndarray:
+  with Image.open(io.BytesIO(content)) as mask:
+    return np.asarray(mask.convert("L")) > 128
+
+
+def _text(value: str | bytes) -> str:
+  return value.decode() if isinstance(value, bytes) else value
