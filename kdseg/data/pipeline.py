@@ -16,6 +16,7 @@ import os
 import pathlib
 import queue
 import threading
+import types
 from typing import Any
 from typing import TypeVar
 
@@ -24,11 +25,24 @@ from PIL import Image
 import tensorflow_datasets as tfds
 
 from kdseg.data import builder as builder_lib
+from kdseg.data import folder
+from kdseg.data import isic2016
+from kdseg.data import ph2
+from kdseg.data import synthetic
 from kdseg.data.archives import DataError
 
 T = TypeVar("T")
 U = TypeVar("U")
 Batch = dict[str, np.ndarray]
+
+BUILDERS = types.MappingProxyType(
+  {
+    "isic2016": isic2016.Isic2016,
+    "ph2": ph2.Ph2,
+    "synthetic": synthetic.Synthetic,
+    "folder": folder.Folder,
+  }
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,8 +65,8 @@ class Arrays:
   name: str
   split: str
   ids: tuple[str, ...]
-  image: np.ndarray
-  mask: np.ndarray
+  image: np.ndarray = dataclasses.field(repr=False)
+  mask: np.ndarray = dataclasses.field(repr=False)
   official_count: int
   found_count: int
   excluded: tuple[str, ...] = ()
@@ -184,7 +198,7 @@ def prepare(
   if name == "folder":
     options.setdefault("directory", str(manual_dir) if manual_dir else "")
   builder = make_builder(name, data_dir=data_dir, **options)
-  if builder.is_prepared():
+  if (pathlib.Path(builder.data_dir) / "dataset_info.json").exists():
     _check_same_files(builder, manual_dir)
     return builder
   config = tfds.download.DownloadConfig(
@@ -202,23 +216,11 @@ def make_builder(
   **options: Any,
 ) -> builder_lib.PairBuilder:
   """The tfds builder of a data set, not prepared; knows kdseg's names only."""
-  # At the foot of the imports, as the builders are known once imported.
-  from kdseg.data import folder
-  from kdseg.data import isic2016
-  from kdseg.data import ph2
-  from kdseg.data import synthetic
-
-  classes = {
-    "isic2016": isic2016.Isic2016,
-    "ph2": ph2.Ph2,
-    "synthetic": synthetic.Synthetic,
-    "folder": folder.Folder,
-  }
-  if name not in classes:
+  if name not in BUILDERS:
     raise DataError(
-      f"no data set is called {name!r}; there are {', '.join(classes)}."
+      f"no data set is called {name!r}; there are {', '.join(BUILDERS)}."
     )
-  return classes[name](data_dir=data_dir, **options)
+  return BUILDERS[name](data_dir=data_dir, **options)
 
 
 def _check_same_files(

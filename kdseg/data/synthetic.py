@@ -7,6 +7,8 @@ corners of a dermatoscope. The mask has an annotator's wobble, so that no
 network can be perfect. They never stand in for a result on real lesions.
 """
 
+from collections.abc import Callable
+import functools
 import pathlib
 from typing import Any
 
@@ -26,7 +28,7 @@ _SKIN_TONES = np.array(
   np.float32,
 )
 _PIGMENTS = np.array(
-  [[58, 36, 30], [104, 62, 44], [142, 88, 62], [92, 84, 96], [170, 92, 84]],
+  [[58, 36, 30], [92, 54, 40], [122, 74, 54], [88, 78, 90], [160, 78, 72]],
   np.float32,
 )
 
@@ -85,12 +87,19 @@ class Synthetic(builder.PairBuilder):
   ) -> Inventory:
     """See base class; draws nothing before a file is read."""
     del manual_dir, download
+
+    # An image and its mask are read one after the other: draw them once.
+    @functools.lru_cache(maxsize=1)
+    def drawing(split: str, index: int) -> tuple[np.ndarray, np.ndarray]:
+      sequence = np.random.SeedSequence(
+        [self._seed, SPLITS.index(split), index]
+      )
+      rng = np.random.Generator(np.random.PCG64(sequence))
+      return draw(rng, self._size)
+
     return Inventory(
       splits={
-        split: tuple(
-          _pair(split, index, size=self._size, seed=self._seed)
-          for index in range(count)
-        )
+        split: tuple(_pair(split, index, drawing) for index in range(count))
         for split, count in self._counts.items()
       },
       official=dict(self._counts),
@@ -137,11 +146,12 @@ def draw(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
   if rng.random() < 0.4:
     picture = _darken_corners(rng, picture, x, y)
   # Light from one side, then the sensor.
-  slope = rng.normal(0, 0.06, 2)
+  slope = rng.normal(0, 0.06, 2).tolist()
   picture = picture * (1 + slope[0] * (x - 0.5) + slope[1] * (y - 0.5))[
     ..., None
   ].astype(np.float32)
-  picture += rng.normal(0, rng.uniform(1.5, 5), picture.shape)
+  noise = rng.standard_normal(picture.shape, np.float32)
+  picture = picture + rng.uniform(1.5, 5) * noise
   return np.clip(picture, 0, 255).astype(np.uint8), mask
 
 
@@ -167,20 +177,27 @@ def _distance(
   angle. In units of the picture's side, exact only near a smooth border.
   """
   radius = float(np.exp(rng.uniform(np.log(0.1), np.log(0.36))))
-  center = rng.uniform(0.5 - 0.16, 0.5 + 0.16, 2)
+  center = rng.uniform(0.34, 0.66, 2).tolist()
   turn = rng.uniform(0, np.pi)
   stretch = rng.uniform(1.0, 1.45)
   dx, dy = x - center[0], y - center[1]
   along = (np.cos(turn) * dx + np.sin(turn) * dy) / stretch
   across = (np.cos(turn) * dy - np.sin(turn) * dx) * stretch
-  angle = np.arctan2(across, along)
+  distance = np.hypot(along, across)
+  # Powers of a unit complex number are the harmonics of the angle.
+  unit = (along + 1j * across) / np.maximum(distance, 1e-6)
+  harmonic = unit
   irregularity = rng.uniform(0.02, 0.13)
-  border = np.ones_like(angle)
+  border = np.ones_like(distance)
   for order in range(2, 9):
+    harmonic = harmonic * unit
     amplitude = rng.normal(0, irregularity / order**0.6)
-    border += amplitude * np.cos(order * angle + rng.uniform(0, 2 * np.pi))
-  outside = np.hypot(along, across) - radius * np.clip(border, 0.45, 1.7)
-  return outside.astype(np.float32), radius
+    phase = rng.uniform(0, 2 * np.pi)
+    border += amplitude * (
+      np.cos(phase) * harmonic.real + np.sin(phase) * harmonic.imag
+    )
+  outside = distance - radius * np.clip(border, 0.45, 1.7)
+  return outside, radius
 
 
 def _pigment(
@@ -192,7 +209,7 @@ def _pigment(
   size: int,
 ) -> np.ndarray:
   # From a sharp rim to one that fades over a third of the radius.
-  softness = radius * np.exp(rng.uniform(np.log(0.02), np.log(0.16)))
+  softness = radius * float(np.exp(rng.uniform(np.log(0.02), np.log(0.16))))
   softness = np.maximum(
     softness * np.exp(0.5 * _clouds(rng, size, 3)), 0.4 / size
   )
@@ -202,9 +219,9 @@ def _pigment(
   color = first * blend + second * (1 - blend)
   color = color * (skin / _SKIN_TONES[1]) ** 0.6
   color = color * (1 + 0.16 * _clouds(rng, size, size // 8)[..., None])
-  # One lesion in four is hardly darker than the skin around it.
-  faint = rng.random() < 0.25
-  strength = rng.uniform(0.16, 0.35) if faint else rng.uniform(0.4, 0.95)
+  # One lesion in five is hardly darker than the skin around it.
+  faint = rng.random() < 0.2
+  strength = rng.uniform(0.25, 0.45) if faint else rng.uniform(0.5, 0.95)
   strength = strength * np.clip(1 + 0.3 * _clouds(rng, size, 3), 0.35, 1.4)
   alpha = np.clip(cover * strength, 0, 1)[..., None]
   return picture * (1 - alpha) + color * alpha
@@ -213,7 +230,7 @@ def _pigment(
 def _redden(
   rng: np.random.Generator, picture: np.ndarray, x: np.ndarray, y: np.ndarray
 ) -> np.ndarray:
-  center = rng.uniform(0, 1, 2)
+  center = rng.uniform(0, 1, 2).tolist()
   width = rng.uniform(0.08, 0.25)
   spot = np.exp(-((x - center[0]) ** 2 + (y - center[1]) ** 2) / width**2)
   tint = np.array([0.0, 0.16, 0.12], np.float32) * rng.uniform(0.3, 1)
@@ -229,11 +246,15 @@ def _freckle(
 ) -> np.ndarray:
   center = rng.uniform(0, 1, 2)
   radius = rng.uniform(0.008, 0.035)
-  distance = np.hypot(x - center[0], y - center[1]) - radius
-  alpha = rng.uniform(0.2, 0.6) / (
-    1 + np.exp(np.clip(distance / (0.3 * radius), -30, 30))
-  )
-  return picture * (1 - alpha[..., None]) + 0.55 * skin * alpha[..., None]
+  alpha = rng.uniform(0.2, 0.6)
+  size = len(picture)
+  left, top = np.maximum(0, ((center - 3 * radius) * size).astype(int))
+  right, bottom = ((center + 3 * radius) * size).astype(int) + 2
+  at = (slice(top, bottom), slice(left, right))
+  distance = np.hypot(x[at] - center[0], y[at] - center[1]) - radius
+  cover = alpha / (1 + np.exp(np.clip(distance / (0.3 * radius), -30, 30)))
+  picture[at] += (0.55 * skin - picture[at]) * cover[..., None]
+  return picture
 
 
 def _add_hair(
@@ -241,7 +262,7 @@ def _add_hair(
 ) -> np.ndarray:
   """Draws hairs as quadratic Bezier curves of about a pixel's width."""
   size = picture.shape[0]
-  along = np.linspace(0, 1, 3 * size)[:, None]
+  along = np.linspace(0, 1, 3 * size // 2)[:, None]
   start = rng.uniform(-0.1, 1.1, (count, 1, 2))
   angle = rng.normal(rng.uniform(0, np.pi), 0.5, (count, 1))
   length = rng.uniform(0.25, 0.9, (count, 1))
@@ -255,7 +276,7 @@ def _add_hair(
   width = np.maximum(0.45, rng.uniform(0.35, 0.8, (count, 1)) * size / 128)
   darkness = rng.uniform(0.45, 0.9, (count, 1))
   shade = np.zeros((size, size), np.float32)
-  reach = int(np.ceil(2 * width.max()))
+  reach = int(np.ceil(1.5 * width.max()))
   for dy in range(-reach, reach + 1):
     for dx in range(-reach, reach + 1):
       at = cells + np.array([dx, dy])
@@ -272,7 +293,7 @@ def _add_bubbles(
 ) -> np.ndarray:
   """Draws gel bubbles: a bright rim, a lighter inside, a spark."""
   for _ in range(rng.integers(1, 7)):
-    center = rng.uniform(0, 1, 2)
+    center = rng.uniform(0, 1, 2).tolist()
     radius = rng.uniform(0.012, 0.06)
     gap = np.hypot(x - center[0], y - center[1])
     rim = np.exp(-(((gap - radius) / (0.18 * radius + 0.002)) ** 2))
@@ -299,23 +320,23 @@ def _darken_corners(
   return picture * (floor + (1 - floor) * light)[..., None]
 
 
-def _pair(split: str, index: int, *, size: int, seed: int) -> Pair:
+def _pair(
+  split: str,
+  index: int,
+  drawing: Callable[[str, int], tuple[np.ndarray, np.ndarray]],
+) -> Pair:
   """The files of one drawing, drawn when read."""
 
-  def drawing() -> tuple[np.ndarray, np.ndarray]:
-    sequence = np.random.SeedSequence([seed, SPLITS.index(split), index])
-    return draw(np.random.Generator(np.random.PCG64(sequence)), size)
+  def read_image() -> bytes:
+    return pairs.encode_png(drawing(split, index)[0])
+
+  def read_mask() -> bytes:
+    mask = drawing(split, index)[1]
+    return pairs.encode_png(mask.astype(np.uint8) * 255)
 
   id_ = f"{split}_{index:05d}"
   return Pair(
     id_,
-    archives.File(
-      f"{id_}.png", "synthetic", 0, lambda: pairs.encode_png(drawing()[0])
-    ),
-    archives.File(
-      f"{id_}_mask.png",
-      "synthetic",
-      0,
-      lambda: pairs.encode_png(drawing()[1].astype(np.uint8) * 255),
-    ),
+    archives.File(f"{id_}.png", "synthetic", 0, read_image),
+    archives.File(f"{id_}_mask.png", "synthetic", 0, read_mask),
   )
