@@ -1,0 +1,71 @@
+r"""Boundary distillation on ISIC-2016, scored on its test set and on PH2.
+
+  python -m kdseg.main --config configs/isic2016.py --workdir runs/isic2016 \
+      --config.data.manual_dir FOLDER_WITH_THE_OFFICIAL_ARCHIVES
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Returns the config."""
+  c = ml_collections.ConfigDict()
+  c.seed = 0
+  c.log_every = 20
+
+  c.data = ml_collections.ConfigDict()
+  c.data.name = "isic2016"
+  c.data.tests = ("isic2016", "ph2")
+  c.data.size = 256
+  c.data.batch_size = 8
+  c.data.manual_dir = ""
+  c.data.data_dir = ""
+  c.data.options = {}
+
+  c.augment = ml_collections.ConfigDict()
+  c.segmentation = ml_collections.ConfigDict({"bce": 1.0, "dice": 1.0})
+  c.encoder_weights = True
+
+  c.teachers = ml_collections.ConfigDict()
+  c.teachers.teacher_vit = ml_collections.ConfigDict({
+    "network": "vit_unet",
+    "options": {"dropout": 0.1},
+    "seed": 0,
+    "checkpoint": "",
+    "precompute": True,
+    "training": {
+      "epochs": 16.0,
+      "learning_rate": 1e-3,
+      "weight_decay": 1e-2,
+      "encoder_scale": 0.0,
+      "average_decay": 0.99,
+    },
+  })
+  c.distil_from = ("teacher_vit",)
+  c.precompute_teacher = True
+
+  c.methods = ml_collections.ConfigDict({
+    "none": {},
+    "mbf": {"terms": {"mbf": 1.0}},
+    "m2bf": {"terms": {"m2bf": 1.0}, "heads": 3},
+  })
+  c.students = ml_collections.ConfigDict()
+  c.arms = ml_collections.ConfigDict({
+    "patch_unet_50k": {
+      "methods": ("none", "mbf", "m2bf"), "seeds": (0, 1, 2)
+    },
+    "patch_unet_12k": {
+      "methods": ("none", "mbf", "m2bf"), "seeds": (0, 1, 2)
+    },
+  })
+  c.training = ml_collections.ConfigDict({
+    "epochs": 40.0,
+    "learning_rate": 2e-3,
+    "average_decay": 0.99,
+  })
+
+  c.evaluation = ml_collections.ConfigDict()
+  c.evaluation.batch_size = 16
+  c.evaluation.averaging = "none"
+  c.evaluation.teacher_averaging = "none"
+  return c

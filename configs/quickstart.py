@@ -1,0 +1,66 @@
+r"""The whole pipeline on drawn lesions: no download, under 3 minutes on 2 cores.
+
+  python -m kdseg.main --config configs/quickstart.py --workdir runs/quickstart
+
+Trains a teacher and a small student on 256 drawn lesions of 96 x 96 pixels:
+the student without distillation, with MBF and with M2BF; scores all of them
+and writes runs/quickstart/table.md and overlays.png. Drawn lesions show that
+everything works. They are no result: see configs/isic2016.py.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Returns the config."""
+  c = ml_collections.ConfigDict()
+  c.seed = 0
+  c.log_every = 20
+
+  c.data = ml_collections.ConfigDict()
+  c.data.name = "synthetic"
+  c.data.tests = ("synthetic",)
+  c.data.size = 96
+  c.data.batch_size = 16
+  c.data.manual_dir = ""
+  c.data.data_dir = ""
+  c.data.options = {
+    "synthetic": {"train": 256, "validation": 32, "test": 64, "seed": 0}
+  }
+
+  c.augment = ml_collections.ConfigDict()
+  c.segmentation = ml_collections.ConfigDict({"bce": 1.0, "dice": 1.0})
+  # Everything from scratch: the published encoders are an extra.
+  c.encoder_weights = False
+
+  c.teachers = ml_collections.ConfigDict()
+  c.teachers.teacher_unet = ml_collections.ConfigDict({
+    "network": "patch_unet",
+    "options": {"widths": (32, 64, 96, 128), "depths": (2, 2, 2, 2)},
+    "seed": 0,
+    "checkpoint": "",
+    "precompute": False,
+    "training": {"epochs": 14.0, "learning_rate": 3e-3},
+  })
+  c.distil_from = ("teacher_unet",)
+  c.precompute_teacher = False
+
+  c.methods = ml_collections.ConfigDict({
+    "none": {},
+    "mbf": {"terms": {"mbf": 1.0}},
+    "m2bf": {"terms": {"m2bf": 1.0}, "heads": 3},
+  })
+  c.students = ml_collections.ConfigDict()
+  c.arms = ml_collections.ConfigDict({
+    "patch_unet_12k": {"methods": ("none", "mbf", "m2bf"), "seeds": (0,)},
+  })
+  c.training = ml_collections.ConfigDict({
+    "epochs": 14.0,
+    "learning_rate": 5e-3,
+  })
+
+  c.evaluation = ml_collections.ConfigDict()
+  c.evaluation.batch_size = 16
+  c.evaluation.averaging = "none"
+  c.evaluation.teacher_averaging = "none"
+  return c

@@ -1,0 +1,139 @@
+"""What a frozen network makes of an image, computed once an orientation.
+
+Flips and quarter turns make eight orientations of a square image. A network
+that is not trained any more answers each of them alike every time, so its
+answers are computed once and read back: a teacher's pass then costs a copy.
+Other geometric augmentation is off where this is used; colour jitter is seen
+by the student alone.
+"""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+
+ORIENTATIONS = 8
+
+Arrays = dict[str, np.ndarray]
+
+
+def orient(array: np.ndarray, orientation: int) -> np.ndarray:
+  """Brings [B, H, W, ...] into one of the eight orientations; 0 is as it is.
+
+  Raises:
+    ValueError: if `orientation` is not in 0 to 7.
+  """
+  if not 0 <= orientation < ORIENTATIONS:
+    raise ValueError(f"orientation must be in 0 to 7: {orientation}")
+  if orientation >= 4:
+    array = array[:, :, ::-1]
+  return np.rot90(array, orientation % 4, (1, 2))
+
+
+def restore_orientation(array: np.ndarray, orientation: int) -> np.ndarray:
+  """Undoes `orient`."""
+  array = np.rot90(array, -(orientation % 4), (1, 2))
+  return array[:, :, ::-1] if orientation >= 4 else array
+
+
+def draw_orientations(seed: int, step: int, batch_size: int) -> np.ndarray:
+  """Draws one orientation an example from (seed, step); [batch_size] int."""
+  generator = np.random.default_rng((seed, step, 0x0B1E27))
+  return generator.integers(0, ORIENTATIONS, batch_size)
+
+
+def orient_each(array: np.ndarray, orientations: np.ndarray) -> np.ndarray:
+  """Brings each example of [B, S, S, ...] into its own orientation."""
+  return np.stack([orient(x[None], o)[0] for x, o in zip(array, orientations)])
+
+
+def compute(
+  function: Callable[[np.ndarray], Mapping[str, Any]],
+  images: np.ndarray,
+  directory: str | pathlib.Path,
+  *,
+  batch_size: int,
+  key: str,
+  orientations: int = ORIENTATIONS,
+  extra: Mapping[str, np.ndarray] | None = None,
+  progress: Callable[[int, int], None] | None = None,
+) -> Arrays:
+  """Returns {name: [orientations, N, ...] float16, on disk}, computed once.
+
+  A killed run continues with the first batch that is not recorded as done; a
+  cache of another `key` is computed again.
+
+  Args:
+    function: maps images [batch_size, S, S, 3] uint8 (and, with `extra`, a
+      dict of the same examples' arrays) to a dict of arrays [batch_size, ...].
+    images: [N, S, S, 3] uint8.
+    directory: of the files, one a name.
+    batch_size: of `function`; the last batch is padded with zeros.
+    key: names the network, its weights and the data.
+    orientations: how many, from 0.
+    extra: arrays [orientations, N, ...] handed to `function` beside the
+      images.
+    progress: called with (images done, images in all).
+  """
+  directory = pathlib.Path(directory)
+  directory.mkdir(parents=True, exist_ok=True)
+  record_path = directory / "record.json"
+  record = {"key": key, "orientations": orientations, "done": 0}
+  if record_path.exists():
+    found = json.loads(record_path.read_text())
+    if {**found, "done": 0} == record:
+      record = found
+  count = len(images)
+  starts = [
+    (o, s) for o in range(orientations) for s in range(0, count, batch_size)
+  ]
+  files: Arrays = {}
+  if record["done"]:
+    files = {
+      path.stem: np.load(path, mmap_mode="r+")
+      for path in sorted(directory.glob("*.npy"))
+    }
+  for number in range(record["done"], len(starts)):
+    orientation, start = starts[number]
+    batch = orient(images[start : start + batch_size], orientation)
+    given = [_padded(batch, batch_size)]
+    if extra is not None:
+      given.append(
+        {
+          name: _padded(
+            array[orientation, start : start + batch_size], batch_size
+          )
+          for name, array in extra.items()
+        }
+      )
+    answers = function(*given)
+    for name, answer in answers.items():
+      answer = np.asarray(answer)[: len(batch)]
+      if name not in files:
+        files[name] = np.lib.format.open_memmap(
+          directory / f"{name}.npy",
+          "w+",
+          np.float16,
+          (orientations, count, *answer.shape[1:]),
+        )
+      files[name][orientation, start : start + len(batch)] = answer
+    if number % 16 == 15 or number + 1 == len(starts):
+      for file in files.values():
+        file.flush()
+      record["done"] = number + 1
+      scratch = record_path.with_suffix(".part")
+      scratch.write_text(json.dumps(record))
+      scratch.replace(record_path)
+    if progress is not None:
+      progress(orientation * count + start + len(batch), orientations * count)
+  return files
+
+
+def _padded(array: np.ndarray, length: int) -> np.ndarray:
+  if len(array) == length:
+    return np.ascontiguousarray(array)
+  zeros = np.zeros((length - len(array), *array.shape[1:]), array.dtype)
+  return np.concatenate([array, zeros])

@@ -1,0 +1,734 @@
+"""One experiment, whole: data, teachers, students, scores, report.
+
+Every stage leaves a finished artefact in the workdir and is passed over when
+it is there; a training that was stopped goes on from its last checkpoint. So
+a second start continues the first, and a third finds nothing to do.
+"""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+import dataclasses
+import difflib
+import functools
+import hashlib
+import json
+import logging
+import pathlib
+import time
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from PIL import Image
+
+from kdseg import cache
+from kdseg import checkpoint
+from kdseg import evaluate
+from kdseg import networks
+from kdseg import objective
+#TMP from kdseg import report
+from kdseg import stage
+from kdseg import step as step_lib
+from kdseg import train
+from kdseg import workdir as workdir_lib
+from kdseg.data import pipeline
+from kdseg.networks.teachers import ensemble
+from kdseg.report import scores as scores_lib
+
+_LOG = logging.getLogger("kdseg")
+
+Tree = Any
+Log = Callable[[Mapping[str, Any]], None]
+
+# What a data set's test split is called in scores.csv.
+TEST_NAMES = {
+  "isic2016": "isic2016_test",
+  "ph2": "ph2",
+  "synthetic": "synthetic_test",
+  "folder": "folder",
+}
+# The mean of several teachers, as an arm of its own.
+JOINT = "teacher"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """A student to train: its arm in the tables, its method and its seed."""
+
+  arm: str
+  student: str
+  method: str
+  seed: int
+
+  @property
+  def key(self) -> str:
+    """Names the arm and the seed in logs and folders."""
+    return f"{self.arm}-seed{self.seed}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """The arrays of an experiment; test sets by their name in scores.csv."""
+
+  train: pipeline.Arrays
+  validation: pipeline.Arrays
+  tests: Mapping[str, pipeline.Arrays]
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+  """A finished teacher.
+
+  Attributes:
+    network: the module.
+    variables: its weights, host arrays.
+    encoded: what its frozen encoder made of the training images, by name,
+      [8, N, ...]; None unless it was computed before.
+  """
+
+  network: nn.Module
+  variables: Tree
+  encoded: Mapping[str, np.ndarray] | None = None
+
+
+def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> bool:
+  """Runs what is not finished of an experiment.
+
+  Args:
+    config: see `configs/`.
+    workdir: made if it is missing.
+
+  Returns:
+    Whether anything was left to do.
+
+  Raises:
+    WorkdirError: if another process uses the workdir, or it holds a run of
+      another config.
+    DataError: if the data are not as they should be.
+    ValueError: on a config that cannot be run.
+  """
+  workdir = pathlib.Path(workdir)
+  plans = plan_arms(config)
+  methods = {
+    name: objective.make_method(dict(options))
+    for name, options in config.methods.items()
+  }
+  _check_teachers(config)
+  workdir.mkdir(parents=True, exist_ok=True)
+  with workdir_lib.locked(workdir):
+    workdir_lib.adopt_config(config, workdir)
+    if is_finished(config, workdir, plans):
+      _LOG.info("%s is finished; nothing to do", workdir)
+      return False
+    started = time.monotonic()
+    log = functools.partial(checkpoint.append_json_line, workdir / "log.jsonl")
+    data = load_data(config)
+    workdir_lib.write_environment(workdir, describe_data(data))
+    teachers = {
+      name: make_teacher(name, config, workdir, data, log)
+      for name in config.teachers
+    }
+    train_arms(config, workdir, data, log, plans, methods, teachers)
+    score_arms(config, workdir, data, plans, teachers)
+    #TMP report.write(workdir)
+    seconds = time.monotonic() - started
+    log({"stage": "run", "seconds": round(seconds, 1)})
+    _LOG.info(
+      "finished after %s; results in %s",
+      train.duration(seconds),
+      workdir / "table.md",
+    )
+  return True
+
+
+def plan_arms(config: ml_collections.ConfigDict) -> list[Plan]:
+  """Returns every arm that the config names, the first seeds first.
+
+  Raises:
+    ValueError: on a method that `config.methods` does not define.
+  """
+  plans = []
+  for student, arm in config.arms.items():
+    for method in arm.methods:
+      if method not in config.methods:
+        raise ValueError(
+          f'arms.{student}: unknown method "{method}"; config.methods defines '
+          f"{', '.join(config.methods)}"
+        )
+      plans += [
+        Plan(f"{student}-{method}", student, method, int(seed))
+        for seed in arm.seeds
+      ]
+  return sorted(plans, key=lambda plan: plan.seed)
+
+
+def _check_teachers(config: ml_collections.ConfigDict) -> None:
+  """Raises ValueError on teachers that cannot be told from students."""
+  for name in config.teachers:
+    if not name.startswith("teacher_"):
+      raise ValueError(
+        f'teachers.{name}: call it "teacher_{name}", so that tables tell '
+        "teachers from students"
+      )
+  for name in config.distil_from:
+    if name not in config.teachers:
+      raise ValueError(
+        f'distil_from names "{name}"; config.teachers defines '
+        f"{', '.join(config.teachers) or 'none'}"
+      )
+
+
+def load_data(config: ml_collections.ConfigDict) -> Data:
+  """Reads every split that the config names.
+
+  Raises:
+    ValueError: if a split is empty, or the size does not fit the networks.
+    DataError: see `data.pipeline.load`.
+  """
+  c = config.data
+  if c.size % 32:
+    raise ValueError(f"data.size must be divisible by 32, not {c.size}")
+  for name in (c.name, *c.tests):
+    if name not in TEST_NAMES:
+      raise ValueError(
+        f'data: no data set "{name}"; known: {", ".join(TEST_NAMES)}'
+      )
+
+  def load(name: str, split: str) -> pipeline.Arrays:
+    arrays = pipeline.load(
+      name,
+      split,
+      size=c.size,
+      data_dir=c.data_dir or None,
+      manual_dir=c.manual_dir or None,
+      **dict(c.options.get(name, {})),
+    )
+    if not len(arrays):
+      raise ValueError(f"{name}: the {split} split holds no image")
+    _LOG.info(
+      "data: %s %s, %d images (%s)", name, split, len(arrays), arrays.coverage
+    )
+    return arrays
+
+  return Data(
+    train=load(c.name, "train"),
+    validation=load(c.name, "validation"),
+    tests={TEST_NAMES[name]: load(name, "test") for name in c.tests},
+  )
+
+
+def describe_data(data: Data) -> dict[str, dict[str, Any]]:
+  """Returns facts about each split, for environment.json."""
+  every = {"train": data.train, "validation": data.validation, **data.tests}
+  return {
+    name: {
+      "name": arrays.name,
+      "images": len(arrays),
+      "coverage": arrays.coverage,
+      "excluded": list(arrays.excluded),
+      "sha256": pipeline.fingerprint(arrays),
+    }
+    for name, arrays in every.items()
+  }
+
+
+def is_finished(
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  plans: list[Plan],
+) -> bool:
+  """Whether every arm is scored and the report is newer than the scores."""
+  scores, table = workdir / "scores.csv", workdir / "table.md"
+  if not (scores.exists() and table.exists()):
+    return False
+  if table.stat().st_mtime < scores.stat().st_mtime:
+    return False
+  rows, _ = scores_lib.recover(scores)
+  done = set(scores_lib.groups(rows))
+  tests = [TEST_NAMES[name] for name in config.data.tests]
+  wanted = {
+    (plan.arm, plan.seed, test)
+    for plan in plans
+    if not (workdir / "arms" / plan.key / "failed.json").exists()
+    for test in tests
+  }
+  wanted |= {
+    (name, int(config.teachers[name].seed), test)
+    for name in config.teachers
+    for test in tests
+  }
+  return wanted <= done
+
+
+def _setting(config: ml_collections.ConfigDict) -> stage.Setting:
+  return stage.Setting(
+    seed=config.seed,
+    batch_size=config.data.batch_size,
+    evaluation_batch_size=config.evaluation.batch_size,
+    size=config.data.size,
+    segmentation=dict(config.segmentation),
+    augment=dict(config.augment),
+    encoder_weights=config.encoder_weights,
+    log_every=config.log_every,
+  )
+
+
+def make_training(options: Mapping[str, Any]) -> stage.Training:
+  """Returns the training that a config describes.
+
+  Raises:
+    ValueError: on an unknown key, with the nearest known one.
+  """
+  known = [field.name for field in dataclasses.fields(stage.Training)]
+  for name in options:
+    if name not in known:
+      near = difflib.get_close_matches(name, known, n=1)
+      hint = f'; did you mean "{near[0]}"?' if near else ""
+      raise ValueError(f'unknown key of a training: "{name}"{hint}')
+  return stage.Training(**options)
+
+
+# ------------------------------------------------------------------- teachers
+
+
+def make_teacher(
+  name: str,
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  data: Data,
+  log: Log,
+) -> Teacher:
+  """Returns a teacher: from its checkpoint, finished here before, or trained.
+
+  Raises:
+    CheckpointError: if the checkpoint is another network's.
+    Diverged: if its training diverges.
+  """
+  c = config.teachers[name]
+  network = networks.make_network(
+    c.network, axis_name=step_lib.AXIS, **dict(c.options)
+  )
+  destination = workdir / "teachers" / name
+  source = pathlib.Path(c.checkpoint) if c.checkpoint else destination
+  expected = jax.eval_shape(
+    functools.partial(network.init, jax.random.key(0)),
+    jnp.zeros((1, config.data.size, config.data.size, 3)),
+  )
+  encoded = None
+  untrained = not checkpoint.is_finished(source)
+  if c.precompute and untrained and not c.checkpoint:
+    encoded, validation_encoded = _encode(
+      name, network, config, workdir, data, c.seed
+    )
+  if untrained and not c.checkpoint:
+    stage.train_together(
+      name,
+      {
+        name: stage.Contender(
+          kind=name,
+          network=network,
+          seed=int(c.seed),
+          destination=destination,
+          about={"arm": name, "network": c.network, "method": "none"},
+        )
+      },
+      setting=_setting(config),
+      training=make_training(dict(c.training)),
+      folder=workdir / "checkpoints" / name,
+      arrays=data.train,
+      validation=data.validation,
+      log=log,
+      computed={"encoded": encoded} if encoded else None,
+      validation_encoded=validation_encoded if encoded else None,
+    )
+  variables, about = checkpoint.load_variables(source, expected)
+  if source != destination and not checkpoint.is_finished(destination):
+    checkpoint.save_variables(
+      destination, variables, {**about, "arm": name, "taken_from": c.checkpoint}
+    )
+  return Teacher(network, variables, encoded)
+
+
+def _encode(
+  name: str,
+  network: nn.Module,
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  data: Data,
+  seed: int,
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+  """Computes a frozen encoder's answers for training and validation."""
+  if not hasattr(network, "encode"):
+    raise ValueError(
+      f"teachers.{name}.precompute: this network has no frozen encoder"
+    )
+  rng = jax.random.fold_in(jax.random.key(seed), 0)
+  variables = networks.make_variables(
+    network, rng, size=config.data.size, weights=config.encoder_weights
+  )
+
+  def encode(variables: Tree, image: jax.Array) -> dict[str, jax.Array]:
+    image = image.astype(jnp.float32) / 255.0
+    return network.apply(variables, image, method="encode")
+
+  function = _mapped(encode, variables)
+  found = []
+  for split, arrays, count in (
+    ("train", data.train, cache.ORIENTATIONS),
+    ("validation", data.validation, 1),
+  ):
+    found.append(
+      cache.compute(
+        function,
+        arrays.image,
+        workdir / "cache" / f"{name}-{split}",
+        batch_size=config.evaluation.batch_size,
+        key=_key(variables["params"].get("encoder", {}), arrays, repr(network)),
+        orientations=count,
+        progress=_progress(f"{name}: encoding {split}"),
+      )
+    )
+  return found[0], found[1]
+
+
+def _mapped(
+  function: Callable[..., Any], variables: Tree
+) -> Callable[..., dict[str, np.ndarray]]:
+  """Maps function(variables, image, ...) over the devices; numpy in and out."""
+  mapped = step_lib.parallel(
+    lambda variables, arguments: function(variables, *arguments),
+    replicated=(0,),
+    mapped=(1,),
+    out_replicated=False,
+  )
+  held = step_lib.replicate(variables)
+
+  def call(*arguments: Tree) -> dict[str, np.ndarray]:
+    answers = mapped(held, step_lib.shard(arguments))
+    return jax.tree.map(
+      lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), dict(answers)
+    )
+
+  return call
+
+
+def _key(tree: Tree, arrays: pipeline.Arrays, *more: str) -> str:
+  """Names weights, data and whatever else decides a cache's content."""
+  digest = hashlib.sha256(pipeline.fingerprint(arrays).encode())
+  for leaf in jax.tree.leaves(tree):
+    digest.update(np.ascontiguousarray(leaf).tobytes())
+  for text in more:
+    digest.update(text.encode())
+  return digest.hexdigest()
+
+
+def _progress(what: str) -> Callable[[int, int], None]:
+  """Returns a reporter of (done, total) that logs every tenth, with an ETA."""
+  started = time.monotonic()
+  shown = 0
+
+  def show(done: int, total: int) -> None:
+    nonlocal shown
+    if 10 * done // total > shown or done == total:
+      shown = 10 * done // total
+      elapsed = time.monotonic() - started
+      _LOG.info(
+        "%s: %d/%d  ETA %s",
+        what, done, total, train.duration(elapsed * (total - done) / done),
+      )  # fmt: skip
+
+  return show
+
+
+def join_teachers(
+  config: ml_collections.ConfigDict, teachers: Mapping[str, Teacher]
+) -> Teacher | None:
+  """Returns the teacher that the students learn from: one, or the mean."""
+  chosen = [teachers[name] for name in config.distil_from]
+  if len(chosen) < 2:
+    return chosen[0] if chosen else None
+  network = ensemble.Ensemble([teacher.network for teacher in chosen])
+  variables = ensemble.join_variables([t.variables for t in chosen])
+  encoded = {
+    f"members_{i}/{name}": values
+    for i, teacher in enumerate(chosen)
+    for name, values in (teacher.encoded or {}).items()
+  }
+  return Teacher(network, variables, encoded or None)
+
+
+# ------------------------------------------------------------------- students
+
+
+def train_arms(
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  data: Data,
+  log: Log,
+  plans: list[Plan],
+  methods: Mapping[str, objective.Method],
+  teachers: Mapping[str, Teacher],
+) -> None:
+  """Trains every arm that has no result yet, all of them together.
+
+  Arms that were stopped half-way are finished first, by themselves: arms that
+  came later have seen nothing yet, and the batches are counted from 0.
+  """
+  setting = _setting(config)
+  training = make_training(dict(config.training))
+  teacher = join_teachers(config, teachers)
+  while True:
+    open_plans = [
+      plan
+      for plan in plans
+      if not checkpoint.is_finished(workdir / "arms" / plan.key)
+      and not (workdir / "arms" / plan.key / "failed.json").exists()
+    ]
+    if not open_plans:
+      return
+    group, folder = _next_group(
+      plans, open_plans, workdir / "checkpoints" / "arms"
+    )
+    teaching = _make_teaching(
+      config, workdir, data, teacher, [methods[p.method] for p in group]
+    )
+    contenders = {}
+    for plan in group:
+      method = methods[plan.method]
+      student = networks.make_network(
+        plan.student,
+        axis_name=step_lib.AXIS,
+        **dict(config.students.get(plan.student, {})),
+      )
+      distiller, inputs = stage.make_distiller(
+        student, teaching.shapes, method, size=config.data.size
+      )
+      contenders[plan.key] = stage.Contender(
+        kind=plan.arm,
+        network=student,
+        seed=plan.seed,
+        destination=workdir / "arms" / plan.key,
+        about={
+          "arm": plan.arm,
+          "network": plan.student,
+          "method": plan.method,
+          "switches": dict(config.methods[plan.method]),
+        },
+        method=method,
+        distiller=distiller,
+        distiller_inputs=inputs,
+      )
+    stage.train_together(
+      "students",
+      contenders,
+      setting=setting,
+      training=training,
+      folder=folder,
+      arrays=data.train,
+      validation=data.validation,
+      log=log,
+      teach=teaching.teach,
+      teacher_variables=teaching.variables,
+      computed=teaching.computed,
+    )
+
+
+def _next_group(
+  plans: list[Plan], open_plans: list[Plan], folder: pathlib.Path
+) -> tuple[list[Plan], pathlib.Path]:
+  """Returns the arms to train together next, and their checkpoints' folder."""
+  folder.mkdir(parents=True, exist_ok=True)
+  by_key = {plan.key: plan for plan in plans}
+  groups = sorted(folder.glob("*/group.json"))
+  for path in groups:
+    keys = json.loads(path.read_text(encoding="utf-8"))
+    if any(plan.key in keys for plan in open_plans):
+      missing = [key for key in keys if key not in by_key]
+      if missing:
+        raise workdir_lib.WorkdirError(
+          f"{path.parent} is a training of arms that the config has no more "
+          f"({', '.join(missing)}); put them back, or delete that folder to "
+          "start its other arms again"
+        )
+      return [by_key[key] for key in keys], path.parent / "steps"
+  path = folder / f"{len(groups):03d}" / "group.json"
+  path.parent.mkdir(exist_ok=True)
+  checkpoint.write_json(path, [plan.key for plan in open_plans])
+  return open_plans, path.parent / "steps"
+
+
+@dataclasses.dataclass(frozen=True)
+class Teaching:
+  """What the students of a group are given; all None without a teacher.
+
+  Attributes:
+    teach: asks the teacher for every batch; see `step.make_prepare`.
+    variables: of the teacher, for `teach`.
+    computed: the teacher's answers, computed before, in place of `teach`.
+    shapes: of the teacher's outputs for one image.
+  """
+
+  teach: Callable[..., Mapping[str, jax.Array]] | None = None
+  variables: Tree = None
+  computed: Mapping[str, Mapping[str, np.ndarray]] | None = None
+  shapes: Mapping[str, jax.ShapeDtypeStruct] = dataclasses.field(
+    default_factory=dict
+  )
+
+
+def _make_teaching(
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  data: Data,
+  teacher: Teacher | None,
+  methods: list[objective.Method],
+) -> Teaching:
+  """Prepares what a group's methods need of the teacher, and no more.
+
+  Raises:
+    ValueError: if a method needs a teacher and there is none.
+  """
+  needing = [method for method in methods if method.terms]
+  # Every arm of a comparison sees the same augmentation, so whether the
+  # orientations are drawn on the host must not hang on the group's methods.
+  if teacher is None:
+    if needing:
+      raise ValueError("methods with terms need a teacher: set distil_from")
+    return Teaching()
+  taps = sorted({tap for m in needing if m.feature_terms for tap in m.taps})
+  teach = step_lib.make_teach(teacher.network, tuple(taps))
+  image = jax.ShapeDtypeStruct(
+    (1, config.data.size, config.data.size, 3), jnp.float32
+  )
+  shapes = jax.eval_shape(teach, teacher.variables, image)
+  if not config.precompute_teacher:
+    if not needing:
+      return Teaching()
+    return Teaching(teach, teacher.variables, None, shapes)
+
+  def answer(
+    variables: Tree, image: jax.Array, encoded: Tree = None
+  ) -> dict[str, jax.Array]:
+    encoded = _nested(encoded) if encoded else None
+    return teach(variables, image.astype(jnp.float32) / 255.0, encoded)
+
+  name = "+".join(config.distil_from)
+  key = _key(teacher.variables, data.train, repr(teacher.network), *taps)
+  computed = cache.compute(
+    _mapped(answer, teacher.variables),
+    data.train.image,
+    workdir / "cache" / f"taught-{key[:12]}",
+    batch_size=config.evaluation.batch_size,
+    key=key,
+    extra=teacher.encoded,
+    progress=_progress(f"{name}: answers for the training images"),
+  )
+  return Teaching(None, None, {"taught": computed}, shapes)
+
+
+def _nested(flat: Mapping[str, jax.Array]) -> dict[str, Any]:
+  """Turns {"members_0/grids": x} into {"members_0": {"grids": x}}."""
+  nested: dict[str, Any] = {}
+  for name, value in flat.items():
+    *outer, last = name.split("/")
+    inner = nested
+    for part in outer:
+      inner = inner.setdefault(part, {})
+    inner[last] = value
+  return nested
+
+
+# --------------------------------------------------------------------- scores
+
+
+def score_arms(
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  data: Data,
+  plans: list[Plan],
+  teachers: Mapping[str, Teacher],
+) -> None:
+  """Scores every arm on every test set, once; rows go to scores.csv."""
+  path = workdir / "scores.csv"
+  rows, dropped = [], []
+  if path.exists():
+    rows, dropped = scores_lib.recover(path)
+  if dropped:
+    _LOG.warning("scores.csv: scored again, as cut off: %s", dropped)
+  done = set(scores_lib.groups(rows))
+  joint = join_teachers(config, teachers)
+  entries: list[tuple[str, int, Callable[[], Teacher]]] = [
+    (name, int(config.teachers[name].seed), lambda t=teacher: t)
+    for name, teacher in teachers.items()
+  ]
+  if joint is not None and len(config.distil_from) > 1:
+    entries.append((JOINT, config.seed, lambda: joint))
+  for plan in plans:
+    if checkpoint.is_finished(workdir / "arms" / plan.key):
+      entries.append(
+        (
+          plan.arm,
+          plan.seed,
+          functools.partial(_student, plan, config, workdir),
+        )
+      )
+  predicts: dict[str, Callable[..., Any]] = {}
+  for arm, seed, finished in entries:
+    for test, arrays in data.tests.items():
+      if (arm, seed, test) in done:
+        continue
+      network = finished()
+      if arm not in predicts:
+        predicts[arm] = stage.make_predict(network.network)
+      is_teacher = arm.startswith(JOINT)
+      averaging = (
+        config.evaluation.teacher_averaging
+        if is_teacher
+        else config.evaluation.averaging
+      )
+      scored = evaluate.score(
+        predicts[arm],
+        step_lib.replicate(network.variables),
+        arrays,
+        batch_size=config.evaluation.batch_size,
+        averaging=averaging,
+        keep=_keep_prediction(
+          workdir / "predictions" / f"{arm}-seed{seed}" / test
+        ),
+      )
+      scores_lib.append(
+        path,
+        [{"arm": arm, "seed": seed, "dataset": test, **row} for row in scored],
+      )
+      _LOG.info(
+        "scores: %s seed %d on %s: Dice %.4f",
+        arm, seed, test, np.mean([row["dice"] for row in scored]),
+      )  # fmt: skip
+
+
+def _student(
+  plan: Plan, config: ml_collections.ConfigDict, workdir: pathlib.Path
+) -> Teacher:
+  network = networks.make_network(
+    plan.student,
+    axis_name=step_lib.AXIS,
+    **dict(config.students.get(plan.student, {})),
+  )
+  variables, _ = checkpoint.load_variables(workdir / "arms" / plan.key)
+  return Teacher(network, variables)
+
+
+def _keep_prediction(
+  folder: pathlib.Path,
+) -> Callable[[str, np.ndarray], None]:
+  """Returns a writer of predicted masks, one PNG an image."""
+  folder.mkdir(parents=True, exist_ok=True)
+
+  def keep(identity: str, mask: np.ndarray) -> None:
+    name = identity.replace("/", "_")
+    Image.fromarray(mask).save(folder / f"{name}.png")
+
+  return keep

@@ -1,0 +1,59 @@
+"""`python -m kdseg.main --config configs/NAME.py --workdir DIR`."""
+
+from collections.abc import Sequence
+import logging
+import sys
+
+from absl import app
+from absl import flags
+import jax
+from ml_collections import config_flags
+
+from kdseg import checkpoint
+from kdseg import experiment
+from kdseg import train
+from kdseg import workdir as workdir_lib
+from kdseg.data import archives
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "The experiment, a file of configs/.", lock_config=True
+)
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Where everything goes that the experiment makes."
+)
+# Errors whose message says it all; anything else keeps its traceback.
+_EXPECTED = (
+  archives.DataError,
+  checkpoint.CheckpointError,
+  train.Diverged,
+  workdir_lib.WorkdirError,
+  ImportError,
+)
+
+
+def main(argv: Sequence[str]) -> None:
+  """Runs the experiment of the flags; exit code 1 says why it could not."""
+  if len(argv) > 1:
+    raise app.UsageError(f"what is {argv[1]!r}? Flags only.")
+  _show_progress()
+  try:
+    if not experiment.run(_CONFIG.value, _WORKDIR.value):
+      print(f"{_WORKDIR.value} is finished: nothing was changed.")
+  except _EXPECTED as error:
+    sys.exit(f"kdseg: {error}")
+
+
+def _show_progress() -> None:
+  """Sends the package's log to the terminal, one line an event."""
+  handler = logging.StreamHandler()
+  handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+  log = logging.getLogger("kdseg")
+  log.handlers = [handler]
+  log.setLevel(logging.INFO)
+  log.propagate = False
+
+
+if __name__ == "__main__":
+  flags.mark_flags_as_required(["config", "workdir"])
+  jax.config.config_with_absl()
+  app.run(main)

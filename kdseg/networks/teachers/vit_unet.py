@@ -1,0 +1,174 @@
+"""A ViT-S/14 with a convolutional decoder and an image branch."""
+
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from kdseg.networks import layers
+from kdseg.networks.encoders import efficientnet_lite
+from kdseg.networks.encoders import vit
+
+Array = jax.Array
+
+
+class ImageBranch(nn.Module):
+  """Three strided stages that see what a 14-pixel patch averages away."""
+
+  widths: tuple[int, int, int]
+  norm: Any
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, image: Array) -> dict[int, Array]:
+    x = (image - 0.5) / 0.25
+    x = layers.space_to_depth(x, 2)
+    features = {}
+    for i, width in enumerate(self.widths):
+      x = layers.ConvBlock(
+        width,
+        self.norm,
+        stride=1 if i == 0 else 2,
+        dtype=self.dtype,
+        name=f"stage_{i}",
+      )(x)
+      features[2 ** (i + 1)] = x
+    return features
+
+
+class ViTUNet(nn.Module):
+  """Patch grids for what it is, an image branch for where its edge runs.
+
+  The grids of some transformer blocks are projected, brought to stride 8 and
+  decoded with the features of an image branch at strides 8, 4 and 2. The
+  encoder can be left frozen, and its grids (see `encode`) computed once.
+
+  Attributes:
+    side: of the image as the transformer sees it, in pixels.
+    taps: the blocks whose grids are read.
+    trained_from: first transformer block to be trained; 12 trains none.
+    branch: "conv" (from scratch), or "lite0" / "lite2", an EfficientNet-Lite
+      with ImageNet weights, as the image branch.
+    widths: of the decoder at strides 8, 4 and 2.
+    dropout: share of the projected grids' channels dropped in training, if a
+      "dropout" key is given.
+  """
+
+  side: int = 252
+  taps: tuple[int, ...] = (6, 9, 11)
+  trained_from: int = 12
+  branch: str = "conv"
+  widths: tuple[int, int, int] = (96, 48, 24)
+  dropout: float = 0.0
+  dtype: Any = jnp.float32
+  axis_name: str | None = None
+
+  def setup(self) -> None:
+    self.encoder = vit.ViT(
+      side=self.side,
+      taps=self.taps,
+      trained_from=self.trained_from,
+      dtype=self.dtype,
+    )
+    self.decoder = Decoder(
+      branch=self.branch,
+      widths=self.widths,
+      dropout=self.dropout,
+      dtype=self.dtype,
+      axis_name=self.axis_name,
+    )
+
+  def encode(self, image: Array) -> dict[str, Array]:
+    """Returns what a frozen encoder makes of `image`, to be computed once.
+
+    Args:
+      image: [B, H, W, 3] float in [0, 1].
+
+    Returns:
+      {"grids": [B, side/14, side/14, taps * 384]}.
+    """
+    return {"grids": jnp.concatenate(self.encoder(image), axis=-1)}
+
+  def __call__(
+    self,
+    image: Array,
+    train: bool = False,
+    encoded: dict[str, Array] | None = None,
+  ) -> dict[str, Array]:
+    """Maps `image` [B, H, W, 3] to the named outputs of `networks`.
+
+    Args:
+      image: float RGB in [0, 1], sides divisible by 32.
+      train: whether statistics of the batch are used, and dropout.
+      encoded: what `encode` returned for these images, if it is at hand.
+    """
+    if encoded is None:
+      encoded = self.encode(image)
+    return self.decoder(image, encoded["grids"], train)
+
+
+class Decoder(nn.Module):
+  """Joins the transformer's grids with an image branch; see `ViTUNet`."""
+
+  branch: str
+  widths: tuple[int, int, int]
+  dropout: float
+  dtype: Any
+  axis_name: str | None
+
+  @nn.compact
+  def __call__(
+    self, image: Array, grids: Array, train: bool
+  ) -> dict[str, Array]:
+    norm = layers.batch_norm(train, dtype=self.dtype, axis_name=self.axis_name)
+    block = lambda width, name, kernel=3: layers.ConvBlock(
+      width, norm, kernel_size=kernel, dtype=self.dtype, name=name
+    )
+    height, width = image.shape[1:3]
+    image = image.astype(self.dtype)
+    if self.branch == "conv":
+      local = ImageBranch((16, 32, 48), norm, dtype=self.dtype, name="branch")(
+        image
+      )
+    else:
+      # Named "encoder": pretrained parts share a learning-rate scale.
+      local = efficientnet_lite.EfficientNetLite(
+        variant=self.branch,
+        dtype=self.dtype,
+        axis_name=self.axis_name,
+        name="encoder",
+      )(image, train)
+
+    grids = grids.astype(self.dtype)
+    x = norm(name="grids_norm")(grids)
+    x = block(128, "project", 1)(x)
+    if self.dropout and train and self.has_rng("dropout"):
+      x = nn.Dropout(self.dropout, broadcast_dims=(1, 2), deterministic=False)(
+        x
+      )
+    s16 = layers.resize_bilinear(x, height // 16, width // 16)
+    x = layers.resize_bilinear(x, height // 8, width // 8)
+    high = jnp.concatenate([x, local[8]], axis=-1)
+    if 16 in local:
+      deep = block(64, "deep", 1)(local[16])
+      high = jnp.concatenate([high, layers.upsample_2x(deep)], axis=-1)
+    x = block(self.widths[0], "fuse_8", 1)(high)
+    x = x + block(self.widths[0], "refine_8")(x)
+    decoder_high = x
+    x = layers.upsample_2x(block(self.widths[1], "narrow_8", 1)(x))
+    x = block(self.widths[1], "fuse_4")(jnp.concatenate([x, local[4]], axis=-1))
+    decoder_low = x
+    x = layers.upsample_2x(block(self.widths[2], "narrow_4", 1)(x))
+    x = block(self.widths[2], "fuse_2")(jnp.concatenate([x, local[2]], axis=-1))
+    logits = layers.Conv(1, 1, use_bias=True, dtype=jnp.float32, name="logits")(
+      x.astype(jnp.float32)
+    )
+    return {
+      "logits": layers.upsample_2x(logits)[..., 0],
+      "low": local[4],
+      "high": high,
+      "s16": s16,
+      "decoder_low": decoder_low,
+      "decoder_high": decoder_high,
+    }

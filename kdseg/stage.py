@@ -1,0 +1,476 @@
+"""One stage of an experiment: some networks, trained together to the end."""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+import dataclasses
+import functools
+import logging
+import pathlib
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kdseg import checkpoint
+from kdseg import evaluate
+from kdseg import feed
+from kdseg import networks
+from kdseg import objective
+from kdseg import optimizer
+from kdseg import state as state_lib
+from kdseg import step as step_lib
+from kdseg import train
+from kdseg.data import augment as augment_lib
+from kdseg.data import pipeline
+from kdseg.networks import distiller as distiller_lib
+
+_LOG = logging.getLogger("kdseg")
+
+Tree = Any
+Computed = Mapping[str, Mapping[str, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+  """How the networks of a stage are trained, all of them alike.
+
+  Attributes:
+    epochs: over the training split.
+    learning_rate: the highest.
+    optimizer: "adamw" or "sgd".
+    schedule: "cosine", "linear" or "constant".
+    warmup: share of the training in which the learning rate rises.
+    weight_decay: decoupled, on kernels.
+    clip_norm: of the gradients; 0 for none.
+    encoder_scale: share of the learning rate for pretrained encoders.
+    average_decay: of the moving average of the weights; 0 for none.
+    validate_epochs: between validations.
+    save_epochs: between checkpoints.
+    on_non_finite: "stop" or "skip"; see `train.fit`.
+  """
+
+  epochs: float
+  learning_rate: float
+  optimizer: str = "adamw"
+  schedule: str = "cosine"
+  warmup: float = 0.05
+  weight_decay: float = 1e-4
+  clip_norm: float = 1.0
+  encoder_scale: float = 1.0
+  average_decay: float = 0.0
+  validate_epochs: float = 2.0
+  save_epochs: float = 4.0
+  on_non_finite: str = "stop"
+
+  def steps(self, examples: int, batch_size: int) -> int:
+    """Returns how many steps the epochs are."""
+    return pipeline.steps_for_epochs(self.epochs, batch_size, examples)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+  """What every stage of a run has in common.
+
+  Attributes:
+    seed: of the order of the data and of the augmentation.
+    batch_size: over all devices and hosts.
+    evaluation_batch_size: the same, for validation.
+    size: side of the images in pixels.
+    segmentation: weights of the segmentation terms.
+    augment: options of `data.augment.augment`.
+    encoder_weights: whether encoders start from published weights.
+    log_every: steps between log lines.
+  """
+
+  seed: int
+  batch_size: int
+  evaluation_batch_size: int
+  size: int
+  segmentation: Mapping[str, float]
+  augment: Mapping[str, Any]
+  encoder_weights: bool
+  log_every: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+  """One network of a stage.
+
+  Attributes:
+    kind: contenders of the same kind share their compiled step.
+    network: the module.
+    seed: of its parameters and its masks.
+    method: how it is taught; without terms, it is not.
+    distiller: the align and generator layers, for feature terms.
+    distiller_inputs: shapes of what initialises it, (features, grids).
+    destination: folder for its best weights.
+    about: what to write beside them.
+  """
+
+  kind: str
+  network: nn.Module
+  seed: int
+  destination: pathlib.Path
+  about: Mapping[str, Any]
+  method: objective.Method = dataclasses.field(default_factory=objective.Method)
+  distiller: nn.Module | None = None
+  distiller_inputs: tuple[Any, Any] = ((), ())
+
+
+def train_together(
+  stage: str,
+  contenders: Mapping[str, Contender],
+  *,
+  setting: Setting,
+  training: Training,
+  folder: pathlib.Path,
+  arrays: pipeline.Arrays,
+  validation: pipeline.Arrays,
+  log: Callable[[Mapping[str, Any]], None],
+  teach: Callable[..., Mapping[str, jax.Array]] | None = None,
+  teacher_variables: Tree = None,
+  computed: Computed | None = None,
+  validation_encoded: Mapping[str, np.ndarray] | None = None,
+) -> None:
+  """Trains networks on the same batches and writes the best of each.
+
+  A contender that diverges before its first validation leaves a `failed.json`
+  that says why in place of weights.
+
+  Args:
+    stage: name for logs.
+    contenders: by name.
+    setting: of the run.
+    training: of the stage.
+    folder: for checkpoints; a training that was stopped goes on from there.
+    arrays: the training split.
+    validation: the split that chooses weights.
+    log: writes one record.
+    teach: see `step.make_prepare`.
+    teacher_variables: for `teach`.
+    computed: answers of frozen networks by orientation; see
+      `feed.make_batches`.
+    validation_encoded: what a frozen encoder made of the validation images.
+
+  Raises:
+    Diverged: if every contender diverged.
+    CheckpointError: if the folder holds another stage's checkpoints.
+  """
+  steps = training.steps(len(arrays), setting.batch_size)
+  per_epoch = len(arrays) / setting.batch_size
+  tx = _make_tx(training, steps)
+  batches = feed.make_batches(
+    arrays,
+    seed=setting.seed,
+    batch_size=setting.batch_size,
+    steps=steps,
+    computed=computed,
+  )
+  prepare = _make_prepare(setting, teach, teacher_variables, bool(computed))
+  deviations = None
+  if any(c.method.normalise == "std" for c in contenders.values()):
+    deviations = teacher_deviations(batches, prepare)
+
+  compiled: dict[str, Callable[..., Any]] = {}
+  predicts: dict[str, Callable[..., Any]] = {}
+  arms: dict[str, train.Arm] = {}
+  for name, contender in contenders.items():
+    if contender.kind not in compiled:
+      predicts[contender.kind] = make_predict(contender.network)
+      compiled[contender.kind] = step_lib.parallel(
+        step_lib.make_train_step(
+          contender.network,
+          tx,
+          segmentation=setting.segmentation,
+          steps=steps,
+          method=contender.method,
+          distiller=contender.distiller,
+          teacher_std=deviations,
+          average_decay=training.average_decay,
+        ),
+        replicated=(0,),
+        mapped=(1,),
+        out_replicated=True,
+        donate=(0,),
+      )
+    arms[name] = train.Arm(
+      state=initial_state(contender, setting, training, tx),
+      step=compiled[contender.kind],
+    )
+
+  def validate(name: str, variables: Tree) -> float:
+    return evaluate.mean_dice(
+      predicts[contenders[name].kind],
+      variables,
+      validation,
+      batch_size=setting.evaluation_batch_size,
+      encoded=validation_encoded,
+    )
+
+  def save_bad_batch(name: str, step: int, made_of: Mapping[str, Any]) -> None:
+    path = folder / f"non_finite-{name}-step{step}.npz"
+    np.savez_compressed(
+      path,
+      image=made_of["image"],
+      mask=made_of["mask"],
+      ids=np.array(made_of["ids"]),
+    )
+    _LOG.warning("%s: the batch is saved in %s", stage, path)
+
+  folder.mkdir(parents=True, exist_ok=True)
+  with checkpoint.open_checkpoints(folder) as manager:
+    first_step = _resume(manager, arms, stage, steps)
+    if first_step < steps:
+      train.fit(
+        arms,
+        batches,
+        stage=stage,
+        schedule=train.Schedule(
+          steps=steps,
+          validate_every=max(1, round(training.validate_epochs * per_epoch)),
+          save_every=max(1, round(training.save_epochs * per_epoch)),
+          log_every=setting.log_every,
+        ),
+        prepare=prepare,
+        validate=validate,
+        log=log,
+        save=lambda step, arms: checkpoint.save(manager, step, *_pack(arms)),
+        save_bad_batch=save_bad_batch,
+        first_step=first_step,
+        on_non_finite=training.on_non_finite,
+      )
+  for name, arm in arms.items():
+    _write_result(contenders[name], arm, steps)
+
+
+def _make_tx(training: Training, steps: int) -> Any:
+  return optimizer.make_optimizer(
+    name=training.optimizer,
+    schedule=optimizer.make_schedule(
+      peak=training.learning_rate,
+      steps=steps,
+      warmup_steps=int(training.warmup * steps),
+      kind=training.schedule,
+    ),
+    weight_decay=training.weight_decay,
+    clip_norm=training.clip_norm,
+    encoder_scale=training.encoder_scale,
+  )
+
+
+def _make_prepare(
+  setting: Setting,
+  teach: Callable[..., Mapping[str, jax.Array]] | None,
+  teacher_variables: Tree,
+  oriented: bool,
+) -> Callable[[int, Tree], Tree]:
+  """Returns (step, batch on the host) -> what the arms are given."""
+  options = dict(setting.augment)
+  if oriented:
+    # The frozen networks have answered for eight orientations, no others.
+    options |= {"flips": False, "quarter_turns": False}
+    options |= {"rotate": 0.0, "scale": 0.0, "translate": 0.0}
+  mapped = step_lib.parallel(
+    step_lib.make_prepare(
+      functools.partial(augment_lib.augment, **options), teach
+    ),
+    replicated=(0, 1, 2),
+    mapped=(3,),
+    out_replicated=False,
+  )
+  held = step_lib.replicate({} if teach is None else teacher_variables)
+  seed = step_lib.replicate(jnp.asarray(setting.seed, jnp.int32))
+
+  def prepare(step: int, batch: Tree) -> Tree:
+    at = step_lib.replicate(jnp.asarray(step, jnp.int32))
+    return mapped(seed, at, held, batch)
+
+  return prepare
+
+
+def make_predict(network: nn.Module) -> Callable[..., Any]:
+  """Returns `step.make_predict` of a network, mapped over the devices."""
+  return step_lib.parallel(
+    step_lib.make_predict(network),
+    replicated=(0,),
+    mapped=(1,),
+    out_replicated=False,
+  )
+
+
+def teacher_deviations(
+  batches: Callable[[int], Any],
+  prepare: Callable[[int, Tree], Tree],
+  count: int = 16,
+) -> dict[str, np.ndarray]:
+  """Measures each channel of the teacher's taps over the first batches.
+
+  Args:
+    batches: as of `feed.make_batches`.
+    prepare: gives "taught".
+    count: of batches, at most.
+
+  Returns:
+    {tap: [C] float32}, never below 1e-3 of the tap's largest.
+  """
+  sums: dict[str, list[np.ndarray]] = {}
+  for number, (step, batch, _) in enumerate(batches(0)):
+    if number == count:
+      break
+    for name, value in prepare(step, batch)["taught"].items():
+      if name != "logits":
+        flat = np.asarray(value, np.float64).reshape(-1, value.shape[-1])
+        sums.setdefault(name, []).append(
+          np.stack([flat.mean(0), np.square(flat).mean(0)])
+        )
+  deviations = {}
+  for name, moments in sums.items():
+    mean, square = np.mean(moments, axis=0)
+    deviation = np.sqrt(np.maximum(square - mean**2, 0.0))
+    deviations[name] = np.maximum(
+      deviation, 1e-3 * max(deviation.max(), 1e-6)
+    ).astype(np.float32)
+  return deviations
+
+
+def make_distiller(
+  student: nn.Module,
+  taught: Mapping[str, jax.ShapeDtypeStruct],
+  method: objective.Method,
+  *,
+  size: int,
+) -> tuple[nn.Module | None, tuple[Any, Any]]:
+  """Returns the align and generator layers of a method, and their inputs.
+
+  Args:
+    student: the network that is taught.
+    taught: shapes of the teacher's outputs, [B, h, w, C].
+    method: its feature terms decide what is needed.
+    size: side of the images in pixels.
+
+  Returns:
+    (module, (features, grids)) for `Contender`; (None, ...) where the method
+    has no feature term.
+
+  Raises:
+    ValueError: if the student or the teacher lacks a tap.
+  """
+  if not method.feature_terms:
+    return None, ((), ())
+  image = jnp.zeros((1, size, size, 3), jnp.float32)
+  out = jax.eval_shape(
+    lambda rng: student.init_with_output(rng, image)[0], jax.random.key(0)
+  )
+  for tap in method.taps:
+    for who, outputs in (("student", out), ("teacher", taught)):
+      if tap not in outputs:
+        raise ValueError(
+          f"the {who} has no tap {tap!r}, only {', '.join(sorted(outputs))}"
+        )
+  module = distiller_lib.Distiller(
+    taps={tap: taught[tap].shape[-1] for tap in method.taps},
+    heads=method.generator_heads,
+    generator=method.generator,
+    width=method.generator_width,
+    share_generators=method.share_generators,
+    topology=method.topology,
+  )
+  features = {tap: out[tap] for tap in method.taps}
+  grids = {tap: taught[tap].shape[1:3] for tap in method.taps}
+  return module, (features, grids)
+
+
+def initial_state(
+  contender: Contender, setting: Setting, training: Training, tx: Any
+) -> state_lib.TrainState:
+  """Draws a contender's first state from its seed; replicated."""
+  rng = jax.random.key(contender.seed)
+  variables = networks.make_variables(
+    contender.network,
+    jax.random.fold_in(rng, 0),
+    size=setting.size,
+    weights=setting.encoder_weights,
+  )
+  distiller_params: Tree = {}
+  if contender.distiller is not None:
+    shapes, grids = contender.distiller_inputs
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+    distiller_params = contender.distiller.init(
+      jax.random.fold_in(rng, 1), zeros, grids
+    ).get("params", {})
+  return step_lib.replicate(
+    state_lib.make_state(
+      variables,
+      distiller_params,
+      tx,
+      seed=contender.seed,
+      terms=objective.balanced_names(contender.method),
+      keep_average=training.average_decay > 0,
+    )
+  )
+
+
+def _pack(arms: Mapping[str, train.Arm]) -> tuple[Tree, dict[str, Any]]:
+  """Splits arms into arrays by path and what JSON can say."""
+  tree, extra = {}, {}
+  for name, arm in arms.items():
+    tree[name] = {"state": checkpoint.flatten(arm.state)}
+    if arm.best:
+      tree[name]["best"] = checkpoint.flatten(arm.best["variables"])
+    extra[name] = {
+      "diverged": arm.diverged,
+      "best": {k: v for k, v in arm.best.items() if k != "variables"},
+    }
+  return tree, {"arms": extra}
+
+
+def _resume(
+  manager: Any, arms: dict[str, train.Arm], stage: str, steps: int
+) -> int:
+  """Puts the latest checkpoint into `arms`; returns the steps done."""
+  found = checkpoint.restore_latest(manager)
+  if found is None:
+    return 0
+  step, tree, extra = found
+  where = str(manager.directory)
+  if tree.keys() != arms.keys():
+    raise checkpoint.CheckpointError(
+      f"{where} holds the arms {', '.join(sorted(tree))}, not "
+      f"{', '.join(sorted(arms))}; finish that run first, or delete the folder"
+    )
+  for name, arm in arms.items():
+    state = checkpoint.unflatten(tree[name]["state"], arm.state, where)
+    arm.state = step_lib.replicate(state)
+    about = extra["arms"][name]
+    arm.diverged = about["diverged"]
+    if "best" in tree[name]:
+      like = state_lib.network_variables(arm.state)
+      variables = checkpoint.unflatten(tree[name]["best"], like, where)
+      arm.best = {**about["best"], "variables": variables}
+  _LOG.info("%s: goes on from step %d of %d", stage, step, steps)
+  return step
+
+
+def _write_result(contender: Contender, arm: train.Arm, steps: int) -> None:
+  about = {
+    **contender.about,
+    "seed": contender.seed,
+    "steps": steps,
+    "diverged": arm.diverged,
+  }
+  if not arm.best:
+    contender.destination.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_json(contender.destination / "failed.json", about)
+    return
+  checkpoint.save_variables(
+    contender.destination,
+    arm.best["variables"],
+    {
+      **about,
+      "validation_dice": arm.best["score"],
+      "best_step": arm.best["step"],
+      "parameters": networks.count_parameters(arm.best["variables"]),
+    },
+  )

@@ -1,0 +1,289 @@
+"""The loop: every arm of a run on the same batches, one after the other."""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
+import dataclasses
+import logging
+import math
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from kdseg import checkpoint
+from kdseg import state as state_lib
+
+_LOG = logging.getLogger("kdseg")
+
+Tree = Any
+TrainState = state_lib.TrainState
+StepFn = Callable[[TrainState, Tree], tuple[TrainState, dict[str, jax.Array]]]
+
+
+class Diverged(RuntimeError):
+  """No arm is left whose loss and gradients are finite."""
+
+
+@dataclasses.dataclass
+class Arm:
+  """One network in training.
+
+  Attributes:
+    state: replicated over the devices; what a checkpoint holds.
+    step: its mapped update.
+    best: {"variables": host arrays, "score": validation, "step"}, or {}.
+    diverged: why it stopped early, or "".
+  """
+
+  state: TrainState
+  step: StepFn
+  best: dict[str, Any] = dataclasses.field(default_factory=dict)
+  diverged: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+  """When what happens, in steps.
+
+  Attributes:
+    steps: of the whole training.
+    validate_every: between validations; the last step is validated too.
+    save_every: between checkpoints.
+    log_every: between log lines, and between looks for NaNs.
+  """
+
+  steps: int
+  validate_every: int
+  save_every: int
+  log_every: int = 20
+
+
+def due(step: int, every: int, total: int) -> bool:
+  """Whether something done every `every` steps is due after step `step`.
+
+  True too after the last of `total` steps; never for `every` below 1, the
+  last step excepted.
+  """
+  return step == total or (every > 0 and step % every == 0)
+
+
+def duration(seconds: float) -> str:
+  """Returns "1h02m", "3m20s" or "12s"."""
+  seconds = round(seconds)
+  if seconds >= 3600:
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+  if seconds >= 60:
+    return f"{seconds // 60}m{seconds % 60:02d}s"
+  return f"{seconds}s"
+
+
+def fit(
+  arms: dict[str, Arm],
+  batches: Callable[[int], Iterator[tuple[int, Tree, Mapping[str, Any]]]],
+  *,
+  stage: str,
+  schedule: Schedule,
+  prepare: Callable[[int, Tree], Tree],
+  validate: Callable[[str, Tree], float],
+  log: Callable[[Mapping[str, Any]], None],
+  save: Callable[[int, dict[str, Arm]], None],
+  save_bad_batch: Callable[[str, int, Mapping[str, Any]], None],
+  first_step: int = 0,
+  on_non_finite: str = "stop",
+) -> None:
+  """Trains all arms to the end, in place.
+
+  Every arm sees the same prepared batch. An arm that diverges is named and
+  left behind with the best weights it had; the others go on.
+
+  Args:
+    arms: by name; their states and bests are updated.
+    batches: from the first step to do, yields (step, batch on the devices,
+      what it was made of: "ids" and the host arrays).
+    stage: name for the log.
+    schedule: when to validate, save and log.
+    prepare: (step, batch) -> what the arms are given.
+    validate: (arm, variables) -> score to choose by, higher is better.
+    log: writes one record.
+    save: (step, arms), called when a checkpoint is due.
+    save_bad_batch: (arm, step, what the batch was made of).
+    first_step: steps already done.
+    on_non_finite: "stop" ends an arm at its first non-finite loss or
+      gradient; "skip" leaves that update out and goes on, unless a whole
+      interval of the log was skipped.
+
+  Raises:
+    Diverged: if no arm is left.
+    ValueError: on an unknown `on_non_finite`.
+  """
+  if on_non_finite not in ("stop", "skip"):
+    raise ValueError(
+      f'on_non_finite must be "stop" or "skip": {on_non_finite!r}'
+    )
+  total = schedule.steps
+  live = [name for name, arm in arms.items() if not arm.diverged]
+  window: list[tuple[int, Mapping[str, Any], dict[str, Tree]]] = []
+  started, started_at, spent = time.monotonic(), first_step, 0.0
+  for step, batch, made_of in batches(first_step):
+    prepared = prepare(step, batch)
+    measured = {}
+    for name in live:
+      arms[name].state, measured[name] = arms[name].step(
+        arms[name].state, prepared
+      )
+    window.append((step, made_of, measured))
+    done = step + 1
+
+    if done == started_at + 1:
+      # The first step is mostly compilation: leave it out of the forecast.
+      jax.block_until_ready(measured)
+      _LOG.info(
+        "%s: first step after %s", stage, duration(time.monotonic() - started)
+      )
+      started = time.monotonic()
+    validation_due = due(done, schedule.validate_every, total)
+    save_due = due(done, schedule.save_every, total)
+    if due(done, schedule.log_every, total) or validation_due or save_due:
+      host = [(s, m, jax.device_get(values)) for s, m, values in window]
+      window = []
+      live = _drop_diverged(
+        arms, live, host, stage, on_non_finite, save_bad_batch, log
+      )
+      _report(stage, done, total, live, host, log, started, started_at, spent)
+      if not live:
+        raise Diverged(
+          f"{stage}: no arm is left at step {done}; "
+          + "; ".join(f"{n}: {arm.diverged}" for n, arm in arms.items())
+        )
+    if validation_due:
+      before = time.monotonic()
+      for name in live:
+        _validate(name, arms[name], done, stage, validate, log)
+      spent += time.monotonic() - before
+    if save_due:
+      before = time.monotonic()
+      save(done, arms)
+      spent += time.monotonic() - before
+
+
+def _drop_diverged(
+  arms: dict[str, Arm],
+  live: list[str],
+  window: list[tuple[int, Mapping[str, Any], dict[str, Tree]]],
+  stage: str,
+  on_non_finite: str,
+  save_bad_batch: Callable[[str, int, Mapping[str, Any]], None],
+  log: Callable[[Mapping[str, Any]], None],
+) -> list[str]:
+  """Marks arms with a non-finite update in `window`; returns the others."""
+  kept = []
+  for name in live:
+    bad = [
+      (step, made_of, values[name])
+      for step, made_of, values in window
+      if not values[name]["finite"]
+    ]
+    if not bad:
+      kept.append(name)
+      continue
+    step, made_of, values = bad[0]
+    odd = sorted(k for k, v in values.items() if not math.isfinite(v))
+    why = (
+      f"{', '.join(odd)} not finite at step {step}, "
+      f"batch of {', '.join(made_of['ids'])}"
+    )
+    save_bad_batch(name, step, made_of)
+    if on_non_finite == "skip" and len(bad) < len(window):
+      _LOG.warning(
+        "%s: %s: skipped %d update(s): %s", stage, name, len(bad), why
+      )
+      kept.append(name)
+    else:
+      arms[name].diverged = why
+      _LOG.error(
+        "%s: %s diverged: %s. Its best weights so far are kept; lower its "
+        "learning rate or the weight of its losses.",
+        stage,
+        name,
+        why,
+      )
+    log(
+      {
+        "stage": stage,
+        "arm": name,
+        "step": step,
+        "non_finite": odd,
+        "ids": list(made_of["ids"]),
+      }
+    )
+  return kept
+
+
+def _report(
+  stage: str,
+  done: int,
+  total: int,
+  live: list[str],
+  window: list[tuple[int, Mapping[str, Any], dict[str, Tree]]],
+  log: Callable[[Mapping[str, Any]], None],
+  started: float,
+  started_at: int,
+  spent: float,
+) -> None:
+  """Logs the means over the window, and one line for a person."""
+  means = {}
+  for name in live:
+    keys = window[0][2][name].keys()
+    means[name] = {
+      key: float(np.mean([values[name][key] for _, _, values in window]))
+      for key in keys
+    }
+    log({"stage": stage, "arm": name, "step": done, **means[name]})
+  elapsed = time.monotonic() - started - spent
+  rate = (done - started_at - 1) / elapsed if elapsed > 0 else 0.0
+  eta = duration((total - done) / rate) if rate > 0 else "?"
+  losses = "  ".join(f"{n} {m['task']:.4f}" for n, m in list(means.items())[:3])
+  more = f"  +{len(means) - 3} more" if len(means) > 3 else ""
+  _LOG.info(
+    "%s: step %d/%d (%d %%)  %.2f steps/s  ETA %s  loss: %s%s",
+    stage,
+    done,
+    total,
+    100 * done // total,
+    rate,
+    eta,
+    losses,
+    more,
+  )
+
+
+def _validate(
+  name: str,
+  arm: Arm,
+  done: int,
+  stage: str,
+  validate: Callable[[str, Tree], float],
+  log: Callable[[Mapping[str, Any]], None],
+) -> None:
+  """Scores one arm, and keeps its weights if they are the best so far."""
+  variables = state_lib.network_variables(arm.state)
+  score = float(validate(name, variables))
+  better = not arm.best or score > arm.best["score"]
+  if better:
+    arm.best = {
+      "variables": checkpoint.to_host(variables),
+      "score": score,
+      "step": done,
+    }
+  log({"stage": stage, "arm": name, "step": done, "validation_dice": score})
+  _LOG.info(
+    "%s: %s validation Dice %.4f%s",
+    stage,
+    name,
+    score,
+    " (best so far)"
+    if better
+    else f" (best {arm.best['score']:.4f} at step {arm.best['step']})",
+  )
