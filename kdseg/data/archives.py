@@ -46,12 +46,14 @@ class File:
   Attributes:
     path: where it lies inside the archive or folder, with forward slashes.
     source: the archive or folder it comes from.
+    where: names the file in error messages.
     size: its length in bytes.
     read: returns its content; raises `DataError` if it cannot.
   """
 
   path: str
   source: str
+  where: str
   size: int
   read: Callable[[], bytes] = dataclasses.field(repr=False, compare=False)
 
@@ -70,10 +72,10 @@ class File:
     """The suffix in lower case, with its dot; empty if there is none."""
     return pathlib.PurePosixPath(self.name).suffix.lower()
 
-  @property
-  def where(self) -> str:
-    """Names the file in an error message."""
-    return f"{self.source}: {self.path}"
+
+def in_memory(path: str, source: str, content: bytes) -> File:
+  """A file whose content is already there."""
+  return File(path, source, f"{source}: {path}", len(content), lambda: content)
 
 
 def list_files(path: str | os.PathLike[str]) -> tuple[File, ...]:
@@ -149,7 +151,7 @@ def _list_folder(root: pathlib.Path) -> list[File]:
         continue
       size = _size_on_disk(path)
       read = functools.partial(_read_path, path)
-      files.append(File(relative, str(root), size, read))
+      files.append(File(relative, str(root), str(path), size, read))
       if len(files) > MAX_FILES:
         raise DataError(
           f"{root} holds more than {MAX_FILES} files; name the folder of the"
@@ -195,7 +197,10 @@ def _list_zip(path: pathlib.Path) -> list[File]:
       continue
     _refuse_unsafe(path, member)
     read = functools.partial(_read_member, archive, member, path)
-    files.append(File(member.filename, str(path), member.file_size, read))
+    where = f"{path}: {member.filename}"
+    files.append(
+      File(member.filename, str(path), where, member.file_size, read)
+    )
   return files
 
 

@@ -346,8 +346,17 @@ def _duplicates_note(train: list[Pair], excluded: tuple[str, ...]) -> str:
 
 def _download(download: builder.Download) -> dict[str, pathlib.Path]:
   urls = {part: f"{URL}{stem}.zip" for part, stem in ARCHIVES.items()}
+  try:
+    downloaded = download(urls)
+  except Exception as error:
+    # Whatever kind of error the network and tfds come up with.
+    raise DataError(
+      f"the archives cannot be downloaded ({error}). Download"
+      f" {' '.join(urls.values())} by other means, and pass their folder as"
+      " manual_dir."
+    ) from error
   paths = {
-    part: pathlib.Path(os.fspath(path)) for part, path in download(urls).items()
+    part: pathlib.Path(os.fspath(path)) for part, path in downloaded.items()
   }
   _record_checksums(paths)
   return paths

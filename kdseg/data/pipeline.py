@@ -198,15 +198,29 @@ def prepare(
   if name == "folder":
     options.setdefault("directory", str(manual_dir) if manual_dir else "")
   builder = make_builder(name, data_dir=data_dir, **options)
-  if (pathlib.Path(builder.data_dir) / "dataset_info.json").exists():
+  if is_prepared(builder):
     _check_same_files(builder, manual_dir)
     return builder
   config = tfds.download.DownloadConfig(
     manual_dir=None if manual_dir is None else str(manual_dir),
     try_download_gcs=False,
   )
-  builder.download_and_prepare(download_config=config)
+  try:
+    builder.download_and_prepare(download_config=config)
+  except DataError as error:
+    # Without the thirty frames of tfds between the fault and its reader.
+    raise DataError(str(error)) from None
+  except OSError:
+    # Another process may have prepared the same data set first.
+    if not is_prepared(builder):
+      raise
+    builder = make_builder(name, data_dir=data_dir, **options)
   return builder
+
+
+def is_prepared(builder: builder_lib.PairBuilder) -> bool:
+  """Whether the records of a builder are on disk, whole."""
+  return (pathlib.Path(builder.data_dir) / "dataset_info.json").exists()
 
 
 def make_builder(

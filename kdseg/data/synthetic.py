@@ -337,6 +337,8 @@ def _pair(
   id_ = f"{split}_{index:05d}"
   return Pair(
     id_,
-    archives.File(f"{id_}.png", "synthetic", 0, read_image),
-    archives.File(f"{id_}_mask.png", "synthetic", 0, read_mask),
+    archives.File(f"{id_}.png", "synthetic", f"drawn {id_}", 0, read_image),
+    archives.File(
+      f"{id_}_mask.png", "synthetic", f"drawn mask {id_}", 0, read_mask
+    ),
   )
