@@ -93,8 +93,8 @@ def augment(
 
   Raises:
     ValueError: on another dtype, on shapes that do not fit, on a strength that
-      is negative (or a tone above 1), or on quarter turns of images that are
-      not square.
+      is negative (or a tone above 1), on quarter turns of images that are not
+      square, or on an `rng` of another shape.
   """
   _check(image, mask, quarter_turns)
   strengths = {
@@ -117,7 +117,7 @@ def augment(
   batch, height, width = mask.shape
   # All numbers of an image in one draw, each at its own place: switching one
   # change off leaves the others as they are.
-  keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(batch))
+  keys = keys_lib.per_image(rng, batch)
   draws = jax.vmap(lambda key: jax.random.uniform(key, (_DRAWS,), minval=-1.0))(
     keys
   )
@@ -286,7 +286,7 @@ def recolour(image: Array, colours: Colours) -> Array:
 
   A linear map of the channels, contrast around the mean luma, brightness,
   clipping, and then each channel's tone curve x + tone * x * (1 - x), which
-  keeps black and white and never leaves [0, 1].
+  keeps black and white.
   """
   mean = jnp.mean(image, axis=(1, 2))
   luma = jnp.sum(mean * jnp.array(_LUMA), axis=-1)
