@@ -1,0 +1,97 @@
+"""Rebuilds the tables of one finished folder, or of several together.
+
+python -m kdseg.report runs/isic2016
+python -m kdseg.report runs/seed0 runs/seed1 --out results
+"""
+
+import argparse
+from collections.abc import Sequence
+import json
+import pathlib
+import sys
+from typing import Any
+
+from kdseg.report import scores
+from kdseg.report import summary
+from kdseg.report import tables
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Reads scores.csv and report.json, writes table.md, .csv and .tex.
+
+  Args:
+    argv: the arguments after the command's name; those of the process if
+      None.
+
+  Returns:
+    0, or 1 after an error, which is printed.
+  """
+  parser = argparse.ArgumentParser(
+    prog="python -m kdseg.report", description=__doc__.splitlines()[0]
+  )
+  parser.add_argument(
+    "workdir",
+    nargs="+",
+    type=pathlib.Path,
+    help="folder with scores.csv and report.json",
+  )
+  parser.add_argument(
+    "--out",
+    type=pathlib.Path,
+    help="folder for the tables; the workdir itself if there is only one",
+  )
+  args = parser.parse_args(argv)
+  if args.out is None and len(args.workdir) > 1:
+    parser.error("several folders: say with --out where their table goes")
+  out = args.out or args.workdir[0]
+  try:
+    rows, meta = _load(args.workdir)
+    texts = tables.make_tables(rows, meta)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+      (out / name).write_text(text, "utf-8", "backslashreplace", "\n")
+      print(out / name)
+  except (OSError, ValueError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
+  return 0
+
+
+def _load(
+  folders: Sequence[pathlib.Path],
+) -> tuple[list[scores.Row], dict[str, Any]]:
+  parts, metas = [], []
+  for folder in folders:
+    path = folder / "scores.csv"
+    if not path.is_file():
+      raise ValueError(f"{path} does not exist: {folder} has no scores yet")
+    rows, dropped = scores.recover(path)
+    for arm, seed, dataset in dropped:
+      print(
+        f"warning: {path}: {arm}, seed {seed}, on {dataset} is cut off and "
+        "was left out",
+        file=sys.stderr,
+      )
+    parts.append(rows)
+    metas.append(_read_meta(folder / "report.json"))
+  return scores.merge(*parts), summary.merge_meta(metas)
+
+
+def _read_meta(path: pathlib.Path) -> dict[str, Any]:
+  if not path.is_file():
+    print(
+      f"warning: {path} does not exist; the protocol lines say 'not stated'",
+      file=sys.stderr,
+    )
+    return {}
+  try:
+    meta = json.loads(path.read_text("utf-8"))
+  except ValueError as error:
+    raise ValueError(f"{path} is no JSON: {error}") from error
+  if not isinstance(meta, dict):
+    raise ValueError(f"{path} has to hold an object, not {type(meta)}")
+  return meta
+
+
+if __name__ == "__main__":
+  sys.exit(main())
