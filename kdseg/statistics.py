@@ -43,11 +43,17 @@ class Interval(NamedTuple):
 
 
 class Wilcoxon(NamedTuple):
-  """The smaller rank sum, the two-sided p, and how many images differ."""
+  """The smaller rank sum, the two-sided p, and how many images differ.
+
+  `leaning` is 1 if the ranks lean to the method, -1 if to the baseline, else
+  0. It need not be the sign of the mean difference: a few lost lesions can
+  outweigh many small gains.
+  """
 
   statistic: float
   p_value: float
   differing: int
+  leaning: int
 
 
 def hierarchical_bootstrap(
@@ -220,14 +226,18 @@ def wilcoxon(baseline: np.ndarray, method: np.ndarray) -> Wilcoxon:
   by_image = difference.mean(0)
   by_image = by_image[by_image != 0]
   if not by_image.size:
-    return Wilcoxon(0.0, 1.0, 0)
+    return Wilcoxon(0.0, 1.0, 0, 0)
   tied = np.unique(np.abs(by_image)).size < by_image.size
   result = scipy.stats.wilcoxon(
     by_image,
     method="exact" if by_image.size <= 50 and not tied else "asymptotic",
   )
+  ranks = scipy.stats.rankdata(np.abs(by_image))
   return Wilcoxon(
-    float(result.statistic), float(result.pvalue), int(by_image.size)
+    float(result.statistic),
+    float(result.pvalue),
+    int(by_image.size),
+    int(np.sign((np.sign(by_image) * ranks).sum())),
   )
 
 

@@ -1,0 +1,228 @@
+"""A picture of cases: the lesion as annotated and as predicted, outlined.
+
+Worst, median and best say more than the best alone: a mean hides lost
+lesions. `pick` chooses them by Dice, `overlays` draws them, one column an
+arm, one row a rank.
+"""
+
+from collections.abc import Iterable
+from collections.abc import Sequence
+import dataclasses
+
+import numpy as np
+from PIL import Image
+from PIL import ImageDraw
+from PIL import ImageFont
+import scipy.ndimage
+
+from kdseg.report import scores
+
+RANKS = ("worst", "median", "best")
+# Told apart by people with any colour vision, and from skin and lesions.
+TRUTH_COLOUR = (0, 229, 255)
+PREDICTION_COLOUR = (255, 214, 0)
+_INK = (28, 32, 36)
+_FAINT = (106, 112, 118)
+_TILE = 320  # pixels, the longer side of a case
+_GAP = 18
+_MARGIN = 28
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One image with what was said about it.
+
+  `rank` is the row's name ("worst", ...), `dice` as in scores.csv; `image`
+  uint8 [h, w, 3], `truth` and `prediction` bool [h, w].
+  """
+
+  arm: str
+  rank: str
+  id: str
+  dice: float
+  image: np.ndarray
+  truth: np.ndarray
+  prediction: np.ndarray
+
+
+def pick(rows: Iterable[scores.Row]) -> dict[str, str]:
+  """Chooses the images to show of one arm, by Dice.
+
+  Args:
+    rows: of scores.csv, one group (an arm, a seed, a data set).
+
+  Returns:
+    Rank -> id, the same one whatever the order of the rows: ties go by id,
+    and of an even number the lower median is taken.
+
+  Raises:
+    ValueError: when the rows are none, or of several groups.
+  """
+  rows = list(rows)
+  if len(scores.groups(rows)) != 1:
+    raise ValueError(
+      f"cases are picked from one group, got {len(scores.groups(rows))}"
+    )
+  ordered = sorted(rows, key=lambda row: (row["dice"], row["id"]))
+  places = (0, (len(ordered) - 1) // 2, len(ordered) - 1)
+  return {rank: str(ordered[place]["id"]) for rank, place in zip(RANKS, places)}
+
+
+def overlays(cases: Sequence[Case], *, title: str = "") -> Image.Image:
+  """Draws cases in a grid, on white.
+
+  Args:
+    cases: any number; columns are arms, rows are ranks, both in the order of
+      their first appearance. A pair without a case stays blank.
+    title: a line above, for example the data set and the seed.
+
+  Returns:
+    An RGB image.
+
+  Raises:
+    ValueError: on no case, two cases for one place, or arrays that do not
+      fit one another.
+  """
+  if not cases:
+    raise ValueError("there are no cases to draw")
+  arms = list(dict.fromkeys(case.arm for case in cases))
+  ranks = list(dict.fromkeys(case.rank for case in cases))
+  placed: dict[tuple[str, str], Case] = {}
+  for case in cases:
+    _check(case)
+    if (case.arm, case.rank) in placed:
+      raise ValueError(f"{case.arm} has two cases called {case.rank!r}")
+    placed[case.arm, case.rank] = case
+  tiles = {place: _outlined(case) for place, case in placed.items()}
+
+  big, normal, small = (ImageFont.load_default(size) for size in (22, 17, 15))
+  left = _MARGIN + max(int(normal.getlength(rank)) for rank in ranks) + 16
+  heights = [
+    max(tile.height for (_, r), tile in tiles.items() if r == rank)
+    for rank in ranks
+  ]
+  # The legend and the title need room of their own beside one thin column.
+  width = max(
+    left + len(arms) * (_TILE + _GAP) - _GAP + _MARGIN,
+    int(big.getlength(title)) + 2 * _MARGIN,
+    left + 330,
+  )
+  top = _MARGIN + (38 if title else 0) + 34
+  height = top + 32 + sum(heights) + len(ranks) * (30 + _GAP) - _GAP + _MARGIN
+  canvas = Image.new("RGB", (width, height), "white")
+  draw = ImageDraw.Draw(canvas)
+  if title:
+    draw.text((_MARGIN, _MARGIN), title, _INK, big, anchor="lt")
+  _legend(draw, (left, top - 26), small)
+  for column, arm in enumerate(arms):
+    x = left + column * (_TILE + _GAP)
+    draw.text((x, top + 8), _fit(arm, normal, _TILE), _INK, normal, anchor="lt")
+  y = top + 32
+  for rank, row_height in zip(ranks, heights):
+    draw.text((_MARGIN, y + row_height // 2), rank, _FAINT, normal, anchor="lm")
+    for column, arm in enumerate(arms):
+      if (arm, rank) not in placed:
+        continue
+      case, tile = placed[arm, rank], tiles[arm, rank]
+      x = left + column * (_TILE + _GAP)
+      canvas.paste(tile, (x, y))
+      below = y + tile.height + 7
+      value = f"Dice {case.dice:.3f}"
+      room = _TILE - int(small.getlength(value)) - 16
+      draw.text(
+        (x, below), _fit(case.id, small, room), _FAINT, small, anchor="lt"
+      )
+      draw.text((x + _TILE, below), value, _INK, small, anchor="rt")
+    y += row_height + 30 + _GAP
+  return canvas
+
+
+def _check(case: Case) -> None:
+  size = case.image.shape[:2]
+  if case.image.shape != (*size, 3) or case.image.dtype != np.uint8:
+    raise ValueError(
+      f"{case.id}: the image has to be uint8 [h, w, 3], got "
+      f"{case.image.dtype} {case.image.shape}"
+    )
+  for name in ("truth", "prediction"):
+    mask = getattr(case, name)
+    if mask.shape != size or mask.dtype != bool:
+      raise ValueError(
+        f"{case.id}: {name} has to be bool {size}, got {mask.dtype} "
+        f"{mask.shape}"
+      )
+
+
+def _outlined(case: Case) -> Image.Image:
+  scale = _TILE / max(case.image.shape[:2])
+  # Drawn at twice the size and shrunk, so that lines come out smooth.
+  size = [max(2, round(2 * scale * side)) for side in case.image.shape[1::-1]]
+  picture = np.asarray(
+    Image.fromarray(case.image).resize(size, Image.Resampling.BICUBIC), float
+  )
+  # The prediction is the thinner line and on top: where both agree, one sees
+  # both.
+  for mask, colour, radius in (
+    (case.truth, TRUTH_COLOUR, 4.0),
+    (case.prediction, PREDICTION_COLOUR, 1.8),
+  ):
+    distance = _distance_to_outline(mask, size)
+    for reach, ink, strength in (
+      (radius + 2.5, (0, 0, 0), 0.45),  # a dark rim, seen on any skin
+      (radius, colour, 1.0),
+    ):
+      cover = strength * np.clip(reach + 0.5 - distance, 0, 1)[..., None]
+      picture = picture * (1 - cover) + np.array(ink) * cover
+  drawn = Image.fromarray(np.round(picture).astype(np.uint8))
+  return drawn.resize(
+    [max(1, side // 2) for side in size], Image.Resampling.BOX
+  )
+
+
+def _distance_to_outline(mask: np.ndarray, size: Sequence[int]) -> np.ndarray:
+  """Gives [h, w] the distance of each pixel of the drawing to the outline."""
+  smooth = Image.fromarray(mask.astype(np.float32)).resize(
+    size, Image.Resampling.BILINEAR
+  )
+  inside = np.asarray(smooth) > 0.5
+  # Outside the frame is background, so that the outline closes along it.
+  padded = np.pad(inside, 1)
+  edge = padded & ~scipy.ndimage.binary_erosion(padded)
+  if not edge.any():
+    return np.full(inside.shape, np.inf)
+  return scipy.ndimage.distance_transform_edt(~edge)[1:-1, 1:-1]
+
+
+def _legend(
+  draw: ImageDraw.ImageDraw,
+  at: tuple[int, int],
+  font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+) -> None:
+  x, y = at
+  for name, colour, thick in (
+    ("ground truth", TRUTH_COLOUR, 8),
+    ("prediction", PREDICTION_COLOUR, 4),
+  ):
+    middle = y + 7
+    draw.line((x - 1, middle, x + 31, middle), (90, 90, 90), thick + 2)
+    draw.line((x, middle, x + 30, middle), colour, thick)
+    draw.text((x + 40, middle), name, _INK, font, anchor="lm")
+    x += 40 + int(font.getlength(name)) + 28
+
+
+def _fit(
+  text: str,
+  font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+  room: int,
+) -> str:
+  """Takes the middle out of a text that is too long for its place."""
+  text = " ".join(text.split()).encode("utf-8", "replace").decode("utf-8")
+  if font.getlength(text) <= room:
+    return text
+  keep = len(text) - 1
+  while keep > 1:
+    short = text[: (keep + 1) // 2] + "…" + text[len(text) - keep // 2 :]
+    if font.getlength(short) <= room:
+      return short
+    keep -= 1
+  return "…"
