@@ -185,6 +185,11 @@ class Distiller(nn.Module):
   dtype: Any = jnp.float32
 
   def setup(self) -> None:
+    if self.topology not in ("cascade", "parallel", "multiscale"):
+      raise ValueError(
+        "topology must be one of cascade, parallel, multiscale: "
+        f"{self.topology!r}"
+      )
     multiscale = self.topology == "multiscale"
     one = multiscale or self.share_generators
     for index, (tap, channels) in enumerate(self.taps.items()):
@@ -211,8 +216,10 @@ class Distiller(nn.Module):
 
   def generate(self, tap: str, head: int, x: Array) -> Array:
     """Runs the generator of `head` (0 first) on x [B, h, w, channels]."""
-    heads = self._tap(tap)
-    return heads.generator[0 if len(heads.generator) == 1 else head](x)
+    generators = self._tap(tap).generator
+    if not 0 <= head < self.heads:
+      raise ValueError(f"there is no head {head}, only 0 to {self.heads - 1}")
+    return generators[0 if len(generators) == 1 else head](x)
 
   def carry(self, tap: str, x: Array, height: int, width: int) -> Array:
     """Brings what the deeper tap's head made to the grid and channels of `tap`.
