@@ -38,6 +38,15 @@ def implementation_for_backend(implementation: str = "") -> str:
   return "cpu" if jax.default_backend() == "cpu" else "portable"
 
 
+def normalize(image: Array) -> Array:
+  """[0, 1] RGB to about zero mean and unit deviation, with fixed numbers.
+
+  One mean and one deviation for all channels: dermoscopic skin is bright and
+  reddish, and BatchNorm follows at once.
+  """
+  return (image.astype(jnp.float32) - 0.5) / 0.25
+
+
 def batch_norm(
   train: bool,
   *,
@@ -67,7 +76,7 @@ class Conv(nn.Module):
   """A dense convolution, "SAME" padding; 1x1 runs as a product on the CPU."""
 
   features: int
-  kernel_size: int = 3
+  kernel_size: int | tuple[int, int] = 3
   stride: int = 1
   dilation: int = 1
   use_bias: bool = False
@@ -76,13 +85,15 @@ class Conv(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    k = self.kernel_size
+    sides = self.kernel_size
+    if isinstance(sides, int):
+      sides = (sides, sides)
     kernel = self.param(
-      "kernel", kernel_init, (k, k, x.shape[-1], self.features)
+      "kernel", kernel_init, (*sides, x.shape[-1], self.features)
     )
     x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
     by_product = implementation_for_backend(self.implementation) == "cpu"
-    if k == 1 and by_product:
+    if sides == (1, 1) and by_product:
       if self.stride > 1:
         x = x[:, :: self.stride, :: self.stride]
       y = jnp.einsum("bhwc,cd->bhwd", x, kernel[0, 0])
@@ -167,6 +178,21 @@ def max_pool_2x(x: Array, implementation: str = "") -> Array:
   return nn.max_pool(x, (2, 2), (2, 2))
 
 
+def mean_pool_2x(x: Array, implementation: str = "") -> Array:
+  """Halves both sides of `x` [B, H, W, C], keeping each square's mean.
+
+  Raises:
+    ValueError: if a side is odd.
+  """
+  if x.shape[1] % 2 or x.shape[2] % 2:
+    raise ValueError(f"both sides must be even to be halved: {x.shape}")
+  if implementation_for_backend(implementation) == "cpu":
+    top = x[:, ::2, ::2] + x[:, ::2, 1::2]
+    bottom = x[:, 1::2, ::2] + x[:, 1::2, 1::2]
+    return (top + bottom) / 4
+  return nn.avg_pool(x, (2, 2), (2, 2))
+
+
 def _lerp_2x(x: Array, axis: int) -> Array:
   """Doubles one axis: half-pixel centres, edges repeated."""
   size = x.shape[axis]
@@ -181,7 +207,7 @@ def _lerp_2x(x: Array, axis: int) -> Array:
   pair = jnp.stack(
     [0.75 * x + 0.25 * before, 0.75 * x + 0.25 * after], axis + 1
   )
-  shape = x.shape[:axis] + (2 * size,) + x.shape[axis + 1 :]
+  shape = (*x.shape[:axis], 2 * size, *x.shape[axis + 1 :])
   return pair.reshape(shape)
 
 
@@ -263,7 +289,7 @@ class ConvBlock(nn.Module):
 
   features: int
   norm: Callable[..., nn.Module]
-  kernel_size: int = 3
+  kernel_size: int | tuple[int, int] = 3
   stride: int = 1
   dilation: int = 1
   activation: Callable[[Array], Array] = nn.relu
@@ -280,3 +306,42 @@ class ConvBlock(nn.Module):
       name="conv",
     )(x)
     return self.activation(self.norm(name="norm")(x))
+
+
+class WholeImage(nn.Module):
+  """Adds the projected mean of a map to each of its cells.
+
+  Skin tone and vignette are beyond the reach of a small network's kernels.
+  A mean and a 1x1 convolution with bias: one value a channel and image is too
+  little for BatchNorm.
+  """
+
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    mean = jnp.mean(x, axis=(1, 2), keepdims=True)
+    return x + Conv(
+      x.shape[-1], 1, use_bias=True, dtype=self.dtype, name="project"
+    )(mean)
+
+
+class PixelHead(nn.Module):
+  """One logit a pixel from a map at stride `block`, without a map at full size.
+
+  One logit a cell, enlarged bilinearly, plus a linear correction of each of
+  the cell's pixels.
+  """
+
+  block: int
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    cell = Conv(1, 1, use_bias=True, dtype=self.dtype, name="cell")(x)
+    pixels = Conv(
+      self.block**2, 1, use_bias=False, dtype=self.dtype, name="pixels"
+    )(x)
+    cell, pixels = cell.astype(jnp.float32), pixels.astype(jnp.float32)
+    enlarged = upsample(cell, self.block)
+    return (enlarged + depth_to_space(pixels, self.block))[..., 0]

@@ -1,0 +1,1 @@
+"""Students: networks small enough for a phone or a browser."""

@@ -45,12 +45,7 @@ class PatchEncoder(nn.Module):
         )(x)
         x = x + y if j else y
       if self.context and i == len(self.widths) - 1:
-        # What the whole picture looks like, added to every cell: skin tone
-        # and vignette are beyond the reach of the 3x3 kernels.
-        whole = jnp.mean(x, axis=(1, 2), keepdims=True)
-        x = x + layers.Conv(
-          width, 1, use_bias=True, dtype=self.dtype, name="context"
-        )(whole)
+        x = layers.WholeImage(dtype=self.dtype, name="whole")(x)
       features[self.block * 2**i] = x
     return features
 
@@ -60,15 +55,14 @@ class PatchUNet(nn.Module):
 
   The encoder halves the map after each stage and the decoder climbs back,
   adding the encoder's map of the same stride, to the stride of the patches.
-  The head writes one logit a cell, enlarged bilinearly, and a correction of
-  its pixels (`refine`): a linear map to block * block values a cell.
+  The head writes one logit a cell, enlarged bilinearly, and corrects its
+  pixels by a linear map to block * block values a cell.
 
   Attributes:
     block: side of a patch in pixels; with 4, strides are 4, 8, 16, 32.
     widths: channels of each stage; at least three.
     depths: 3x3 convolutions of each stage; from the second on, residual.
     context: add the projected mean of the deepest map to each of its cells.
-    refine: correct the enlarged logit pixel by pixel.
     dtype: of the computation; parameters and logits are float32.
     axis_name: mapped axis over which BatchNorm shares its statistics.
   """
@@ -77,7 +71,6 @@ class PatchUNet(nn.Module):
   widths: Sequence[int] = (16, 24, 32, 40)
   depths: Sequence[int] = (1, 1, 1, 1)
   context: bool = True
-  refine: bool = True
   dtype: Any = jnp.float32
   axis_name: str | None = None
 
@@ -97,8 +90,7 @@ class PatchUNet(nn.Module):
       ValueError: if a side cannot be halved as often as there are stages.
     """
     norm = layers.batch_norm(train, dtype=self.dtype, axis_name=self.axis_name)
-    # Dermoscopic skin is bright: centred a little above the middle.
-    x = ((image - 0.5) / 0.25).astype(self.dtype)
+    x = layers.normalize(image).astype(self.dtype)
     features = PatchEncoder(
       self.block,
       self.widths,
@@ -122,15 +114,9 @@ class PatchUNet(nn.Module):
       )(x)
       decoded[stride] = x
 
-    coarse = layers.Conv(1, 1, use_bias=True, dtype=self.dtype, name="head")(x)
-    logits = layers.upsample(coarse, self.block)
-    if self.refine:
-      detail = layers.Conv(
-        self.block**2, 1, use_bias=True, dtype=self.dtype, name="detail"
-      )(x)
-      logits = logits + layers.depth_to_space(detail, self.block)
+    logits = layers.PixelHead(self.block, dtype=self.dtype, name="head")(x)
     return {
-      "logits": logits[..., 0].astype(jnp.float32),
+      "logits": logits,
       "low": features[4],
       "high": features[8],
       "s16": features[16],

@@ -1,0 +1,93 @@
+"""A pretrained student: the first stages of EfficientNet-Lite0, decoded."""
+
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from kdseg.networks import layers
+from kdseg.networks.encoders import efficientnet_lite
+
+Array = jax.Array
+
+
+class LiteUNet(nn.Module):
+  """Truncated EfficientNet-Lite0 with a decoder of few channels.
+
+  The decoder climbs to stride 4, adding the encoder's map of each stride
+  through a 1x1 convolution, and ends as `PatchUNet` does: one logit a cell,
+  enlarged, and a correction of its 16 pixels.
+
+  Attributes:
+    stages: 3 to 5 of the encoder's stages; .06, .25 or .7 M parameters. With
+      3 the encoder ends at stride 8, and a pooled 3x3 convolution of its own
+      (drawn, not pretrained) makes the map of stride 16.
+    features: channels of the decoder.
+    drop_rate: of the encoder; above 0, training needs `rngs={"dropout": key}`.
+    dtype: of the computation; parameters and logits are float32.
+    axis_name: mapped axis over which BatchNorm shares its statistics.
+  """
+
+  stages: int = 4
+  features: int = 24
+  drop_rate: float = 0.0
+  dtype: Any = jnp.float32
+  axis_name: str | None = None
+
+  @nn.compact
+  def __call__(self, image: Array, train: bool = False) -> dict[str, Array]:
+    """Segments `image`.
+
+    Args:
+      image: [B, H, W, 3] float in [0, 1], RGB; sides divisible by 32.
+      train: whether BatchNorm uses and updates the batch's statistics.
+
+    Returns:
+      logits [B, H, W] float32; low, high, s16 (encoder, strides 4, 8, 16);
+      decoder_low, decoder_high (decoder, strides 4 and 8).
+
+    Raises:
+      ValueError: on another number of stages, or a side not divisible by 32.
+    """
+    if not 3 <= self.stages <= 5:
+      raise ValueError(f"stages must be 3, 4 or 5: {self.stages}")
+    if image.shape[1] % 32 or image.shape[2] % 32:
+      raise ValueError(f"sides must be divisible by 32: {image.shape}")
+    norm = layers.batch_norm(train, dtype=self.dtype, axis_name=self.axis_name)
+    encoded = efficientnet_lite.EfficientNetLite(
+      "lite0",
+      self.stages,
+      drop_rate=self.drop_rate,
+      dtype=self.dtype,
+      axis_name=self.axis_name,
+      name="encoder",
+    )(image, train)
+    s16 = encoded.get(16)
+    if s16 is None:
+      s16 = layers.ConvBlock(
+        encoded[8].shape[-1], norm, dtype=self.dtype, name="deepen"
+      )(layers.max_pool_2x(encoded[8]))
+
+    def lateral(y: Array, stride: int) -> Array:
+      return layers.ConvBlock(
+        self.features, norm, 1, dtype=self.dtype, name=f"lateral{stride}"
+      )(y)
+
+    x = layers.WholeImage(dtype=self.dtype, name="whole")(lateral(s16, 16))
+    decoded = {}
+    for stride in (8, 4):
+      x = layers.upsample_2x(x) + lateral(encoded[stride], stride)
+      x = layers.ConvBlock(
+        self.features, norm, dtype=self.dtype, name=f"decode{stride}"
+      )(x)
+      decoded[stride] = x
+    logits = layers.PixelHead(4, dtype=self.dtype, name="head")(x)
+    return {
+      "logits": logits,
+      "low": encoded[4],
+      "high": encoded[8],
+      "s16": s16,
+      "decoder_low": decoded[4],
+      "decoder_high": decoded[8],
+    }
