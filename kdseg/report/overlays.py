@@ -116,7 +116,9 @@ def overlays(cases: Sequence[Case], *, title: str = "") -> Image.Image:
   _legend(draw, (left, top - 26), small)
   for column, arm in enumerate(arms):
     x = left + column * (_TILE + _GAP)
-    draw.text((x, top + 8), _fit(arm, normal, _TILE), _INK, normal, anchor="lt")
+    draw.text(
+      (x, top + 22), _fit(arm, normal, _TILE), _INK, normal, anchor="ls"
+    )
   y = top + 32
   for rank, row_height in zip(ranks, heights):
     draw.text((_MARGIN, y + row_height // 2), rank, _FAINT, normal, anchor="lm")
@@ -126,13 +128,15 @@ def overlays(cases: Sequence[Case], *, title: str = "") -> Image.Image:
       case, tile = placed[arm, rank], tiles[arm, rank]
       x = left + column * (_TILE + _GAP)
       canvas.paste(tile, (x, y))
-      below = y + tile.height + 7
+      below = y + tile.height + 19
       value = f"Dice {case.dice:.3f}"
+      if not case.prediction.any():
+        value = f"empty, {value}"
       room = _TILE - int(small.getlength(value)) - 16
       draw.text(
-        (x, below), _fit(case.id, small, room), _FAINT, small, anchor="lt"
+        (x, below), _fit(case.id, small, room), _FAINT, small, anchor="ls"
       )
-      draw.text((x + _TILE, below), value, _INK, small, anchor="rt")
+      draw.text((x + _TILE, below), value, _INK, small, anchor="rs")
     y += row_height + 30 + _GAP
   return canvas
 
@@ -200,8 +204,8 @@ def _legend(
 ) -> None:
   x, y = at
   for name, colour, thick in (
-    ("ground truth", TRUTH_COLOUR, 8),
-    ("prediction", PREDICTION_COLOUR, 4),
+    ("ground truth", TRUTH_COLOUR, 6),
+    ("prediction", PREDICTION_COLOUR, 3),
   ):
     middle = y + 7
     draw.line((x - 1, middle, x + 31, middle), (90, 90, 90), thick + 2)

@@ -114,13 +114,13 @@ def recover(
   if damaged is not None:
     found.setdefault(damaged, [])
   for group, members in found.items():
-    ids = {row["id"] for row in members}
+    ids = _ids(members)
     dataset = group[2]
     if expected is not None and dataset in expected:
       partial = ids != set(expected[dataset])
     elif group == last:
       partial = group == damaged or any(
-        ids < {row["id"] for row in others}
+        ids < _ids(others)
         for (_, _, name), others in found.items()
         if name == dataset
       )
@@ -163,21 +163,35 @@ def write(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
   temporary.replace(path)
 
 
-def append(path: str | os.PathLike[str], rows: Iterable[Row]) -> list[Group]:
+def append(
+  path: str | os.PathLike[str],
+  rows: Iterable[Row],
+  expected: Mapping[str, Sequence[str]] | None = None,
+) -> list[Group]:
   """Adds whole groups to a file; the file holds all of them or none.
 
   Args:
     path: a scores.csv, made if missing. Partial groups in it go.
     rows: all rows of one group or of several.
+    expected: as for `recover`; the new rows have to be whole by it, too.
 
   Returns:
     The partial groups that were dropped from the file.
 
   Raises:
-    ValueError: as `write`, and when the file already has one of the groups.
+    ValueError: as `write`, when the file already has one of the groups, and
+      when new rows are not the expected ones.
   """
   rows = [_checked(row, f"row {i}") for i, row in enumerate(rows)]
-  kept, dropped = recover(path)
+  for (arm, seed, dataset), members in groups(rows).items():
+    wanted = set((expected or {}).get(dataset, _ids(members)))
+    if _ids(members) != wanted:
+      raise ValueError(
+        f"{arm}, seed {seed}, has {len(members)} rows for {dataset}, which "
+        f"has {len(wanted)} images; {min(wanted ^ _ids(members))!r} is in "
+        "only one of the two"
+      )
+  kept, dropped = recover(path, expected)
   # A partial group that comes again whole is replaced, not in the way.
   there = groups(kept).keys() & groups(rows).keys()
   if there:
@@ -216,6 +230,10 @@ def merge(*tables: Iterable[Row]) -> list[Row]:
           "or leave one out"
         )
   return [row for members in result.values() for row in members]
+
+
+def _ids(rows: Iterable[Row]) -> set[str]:
+  return {str(row["id"]) for row in rows}
 
 
 def _by_id(rows: Iterable[Row]) -> dict[str, Row]:
