@@ -410,16 +410,21 @@ class EveryFeatureLossTest(chex.TestCase):
     np.testing.assert_array_equal(teacher, 0)
     assert np.max(np.abs(student)) > 1e-3
 
-  @chex.variants(with_jit=True, with_pmap=True)
   @parameterized.named_parameters(*_every_feature_loss())
   def test_one_value_per_image_whoever_is_beside_it(self, loss):
-    value = self.variant(lambda s, t, seed: loss(s, t, jax.random.key(seed)))(
-      STUDENT, TEACHER, 7
-    )
+    value = loss(STUDENT, TEACHER, KEY)
     chex.assert_shape(value, (2,))
     changed = loss(STUDENT.at[1].set(9.0), TEACHER, KEY)
     np.testing.assert_allclose(changed[0], value[0], rtol=1e-5)
     assert abs(changed[1] - value[1]) > 0.1
+
+  @chex.variants(with_jit=True, with_pmap=True)
+  def test_a_compiled_cascade_is_the_one_that_runs_step_by_step(self):
+    loss = dict(_every_feature_loss())["cascade"]
+    compiled = self.variant(lambda s, t, seed: loss(s, t, jax.random.key(seed)))
+    np.testing.assert_allclose(
+      compiled(STUDENT, TEACHER, 7), loss(STUDENT, TEACHER, KEY), rtol=1e-5
+    )
 
   @parameterized.named_parameters(*_every_feature_loss())
   def test_bfloat16_in_float32_out(self, loss):
