@@ -203,8 +203,9 @@ def take_inventory(
 
   train, train_problems, train_notes = _match(by_id, "train")
   test, test_problems, _ = _match(by_id, "test")
-  problems += train_problems + test_problems
+  # Another archive first: what its files lack as pairs follows from that.
   problems += _compare_with_release(sources, by_id)
+  problems += train_problems + test_problems
 
   excluded = tuple(
     pair.id

@@ -135,34 +135,38 @@ def load(
       "mask": tfds.decode.SkipDecoding(),
     },
   )
-  records = sorted(
-    (source[i] for i in range(len(source))), key=lambda record: record["id"]
-  )
-  count = len(records)
+  count = len(source)
+  ids = [""] * count
+  native_masks = [b""] * count
   image = np.empty((count, size, size, 3), np.uint8)
   mask = np.empty((count, size, size), np.uint8)
 
-  def fill(index: int) -> None:
-    record = records[index]
+  def fill(index: int, record: dict[str, bytes]) -> None:
+    ids[index] = record["id"].decode()
+    native_masks[index] = bytes(record["mask"])
     image[index] = resize_image(_to_image(record["image"]), size)
     mask[index] = resize_mask(_to_mask(record["mask"]), size)
 
-  # Pillow decodes and resizes outside the interpreter's lock.
+  # Pillow decodes and resizes outside the interpreter's lock. In pieces, as
+  # the full-size images take more memory together than is worth holding.
   with futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-    for _ in pool.map(fill, range(count)):
-      pass
+    for start in range(0, count, 64):
+      indices = range(start, min(start + 64, count))
+      records = [source[index] for index in indices]
+      for _ in pool.map(fill, indices, records):
+        pass
 
   metadata = builder.info.metadata
   return Arrays(
     name=name,
     split=split,
-    ids=tuple(_text(record["id"]) for record in records),
+    ids=tuple(ids),
     image=image,
     mask=mask,
-    official_count=int(metadata["official_count"].get(split, count)),
-    found_count=int(metadata["found_count"].get(split, count)),
+    official_count=int(metadata["official_count"][split]),
+    found_count=int(metadata["found_count"][split]),
     excluded=tuple(metadata["excluded"]),
-    native_masks=tuple(bytes(record["mask"]) for record in records),
+    native_masks=tuple(native_masks),
   )
 
 
@@ -498,7 +502,3 @@ def _to_image(content: bytes) -> np.ndarray:
 def _to_mask(content: bytes) -> np.ndarray:
   with Image.open(io.BytesIO(content)) as mask:
     return np.asarray(mask.convert("L")) > 128
-
-
-def _text(value: str | bytes) -> str:
-  return value.decode() if isinstance(value, bytes) else value

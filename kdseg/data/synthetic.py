@@ -45,7 +45,7 @@ class Synthetic(builder.PairBuilder):
     train: int = 256,
     validation: int = 32,
     test: int = 64,
-    size: int = 128,
+    image_size: int = 128,
     seed: int = 0,
     **kwargs: Any,
   ):
@@ -55,18 +55,21 @@ class Synthetic(builder.PairBuilder):
       train: images to draw for training.
       validation: images to draw for validation.
       test: images to draw for testing.
-      size: side of the images in pixels, at least 16.
-      seed: image i of a split depends on the seed, the split, i and the size.
+      image_size: side of the images in pixels, at least 16.
+      seed: image i of a split depends on the seed, the split, i and the size
+        of the images.
       **kwargs: see `PairBuilder`.
     """
     counts = {"train": train, "validation": validation, "test": test}
     for split, count in counts.items():
       if count < 1:
         raise ValueError(f"synthetic: {split} is {count}; draw at least one.")
-    if size < 16:
-      raise ValueError(f"synthetic: size is {size}; draw at least 16 pixels.")
+    if image_size < 16:
+      raise ValueError(
+        f"synthetic: image_size is {image_size}; draw at least 16 pixels."
+      )
     self._counts = counts
-    self._size = size
+    self._image_size = image_size
     self._seed = seed
     super().__init__(**kwargs)
 
@@ -75,7 +78,7 @@ class Synthetic(builder.PairBuilder):
     counts = "_".join(str(count) for count in self._counts.values())
     return {
       "n": counts,
-      "size": str(self._size),
+      "size": str(self._image_size),
       "seed": str(self._seed),
       **super().options(),
     }
@@ -95,7 +98,7 @@ class Synthetic(builder.PairBuilder):
         [self._seed, SPLITS.index(split), index]
       )
       rng = np.random.Generator(np.random.PCG64(sequence))
-      return draw(rng, self._size)
+      return draw(rng, self._image_size)
 
     return Inventory(
       splits={

@@ -309,7 +309,7 @@ def describe(report: Report, *, limit: int = 20) -> str:
   for split, count in report.counts.items():
     heights, widths = np.array(report.sizes[split]).reshape(-1, 2).T
     line = f"  {split:<11}{count:>5} pairs"
-    line += f", {report.found[split]} of {report.official[split]} official pairs found"
+    line += f", {report.found[split]} of {report.official[split]} found"
     if len(heights):
       line += (
         f", width {_spread(widths)}, height {_spread(heights)} (min/median/max)"

@@ -1,0 +1,142 @@
+import stat
+import zipfile
+
+import pytest
+import tiny_archives as tiny
+
+from kdseg.data import archives
+from kdseg.data.archives import DataError
+
+FILES = {"A/x.png": b"one", "A/deep/y.png": b"three", "A/z.png": b""}
+
+
+def test_a_zip_and_the_folder_it_unpacks_to_are_the_same(tmp_path):
+  packed = archives.list_files(tiny.write_zip(tmp_path / "A.zip", FILES))
+  unpacked = archives.list_files(tiny.write_folder(tmp_path / "B", FILES))
+  assert [file.path for file in packed] == [file.path for file in unpacked]
+  assert [file.read() for file in packed] == [file.read() for file in unpacked]
+  assert [file.size for file in packed] == [5, 3, 0]
+  assert archives.stamp(packed) == archives.stamp(unpacked)
+
+
+def test_stamp_changes_with_a_name_and_with_a_size(tmp_path):
+  whole = archives.list_files(tiny.write_folder(tmp_path / "a", FILES))
+  longer = archives.list_files(
+    tiny.write_folder(tmp_path / "b", {**FILES, "A/x.png": b"longer"})
+  )
+  renamed = archives.list_files(
+    tiny.write_folder(
+      tmp_path / "c",
+      {"A/w.png" if k == "A/x.png" else k: v for k, v in FILES.items()},
+    )
+  )
+  stamps = {archives.stamp(files) for files in (whole, longer, renamed)}
+  assert len(stamps) == 3
+  assert archives.stamp(reversed(whole)) == archives.stamp(whole)
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    "__MACOSX/A/._x.png",
+    "A/.DS_Store",
+    "A/Thumbs.db",
+    "README.txt",
+    "A/readme.md",
+    "LICENSE",
+    "A/.hidden/x.png",
+  ],
+)
+def test_leaves_out_what_does_not_belong(tmp_path, name):
+  files = {**FILES, name: b"."}
+  for path in (
+    tiny.write_zip(tmp_path / "A.zip", files),
+    tiny.write_folder(tmp_path / "B", files),
+  ):
+    assert [file.path for file in archives.list_files(path)] == sorted(FILES)
+
+
+def test_a_rar_is_refused_with_the_command_to_unpack_it(tmp_path):
+  path = tmp_path / "PH2Dataset.rar"
+  path.write_bytes(b"Rar!\x1a\x07\x01\x00")
+  with pytest.raises(DataError, match=r"unrar x '.*PH2Dataset\.rar'"):
+    archives.list_files(path)
+
+
+def test_a_path_that_is_not_there_is_named(tmp_path):
+  with pytest.raises(DataError, match=r"nowhere\.zip does not exist"):
+    archives.list_files(tmp_path / "nowhere.zip")
+
+
+def test_a_cut_off_zip_is_named(tmp_path):
+  path = tiny.write_zip(tmp_path / "A.zip", FILES)
+  path.write_bytes(path.read_bytes()[:-30])
+  with pytest.raises(DataError, match=r"A\.zip is no readable zip.*again"):
+    archives.list_files(path)
+
+
+def test_a_damaged_member_is_named(tmp_path):
+  path = tiny.write_zip(tmp_path / "A.zip", {"A/x.png": b"payload"})
+  path.write_bytes(path.read_bytes().replace(b"payload", b"Payload"))
+  (file,) = archives.list_files(path)
+  with pytest.raises(DataError, match=r"A\.zip: A/x\.png is damaged"):
+    file.read()
+
+
+def test_a_member_with_a_password_is_named(tmp_path):
+  path = tiny.write_zip(tmp_path / "A.zip", {"x": b"payload"})
+  content = bytearray(path.read_bytes())
+  content[content.index(b"PK\3\4") + 6] |= 1  # flag of the member
+  content[content.index(b"PK\1\2") + 8] |= 1  # and of its directory entry
+  path.write_bytes(content)
+  (file,) = archives.list_files(path)
+  with pytest.raises(DataError, match=r"A\.zip: x cannot be read.*password"):
+    file.read()
+
+
+@pytest.mark.parametrize(
+  "name",
+  ["../x.png", "A/../../x.png", "/etc/x.png", "A\\x.png", "..\\x.png", "C:/x"],
+)
+def test_a_member_that_points_outside_is_refused(tmp_path, name):
+  path = tiny.write_zip(tmp_path / "A.zip", {"A/ok.png": b"", name: b""})
+  with pytest.raises(DataError, match="points outside"):
+    archives.list_files(path)
+
+
+def test_a_symbolic_link_in_an_archive_is_refused(tmp_path):
+  link = zipfile.ZipInfo("A/link.png")
+  link.external_attr = (stat.S_IFLNK | 0o777) << 16
+  with zipfile.ZipFile(tmp_path / "A.zip", "w") as archive:
+    archive.writestr(link, "/etc/passwd")
+  with pytest.raises(DataError, match=r"link\.png.* symbolic link"):
+    archives.list_files(tmp_path / "A.zip")
+
+
+def test_a_bomb_is_refused_before_it_is_read(tmp_path, monkeypatch):
+  monkeypatch.setattr(archives, "MAX_FILE_BYTES", 1000)
+  files = {"A/bomb.png": bytes(1001)}
+  for path in (
+    tiny.write_zip(tmp_path / "A.zip", files),
+    tiny.write_folder(tmp_path / "B", files),
+  ):
+    with pytest.raises(DataError, match=r"bomb\.png'? would take"):
+      archives.list_files(path)
+
+
+def test_a_member_larger_than_it_claims_is_refused(tmp_path, monkeypatch):
+  path = tiny.write_zip(tmp_path / "A.zip", {"A/x.png": bytes(1001)})
+  (file,) = archives.list_files(path)
+  monkeypatch.setattr(archives, "MAX_FILE_BYTES", 1000)
+  with pytest.raises(DataError, match=r"x\.png would take"):
+    file.read()
+
+
+def test_too_many_members_are_refused(tmp_path, monkeypatch):
+  monkeypatch.setattr(archives, "MAX_FILES", 2)
+  for path in (
+    tiny.write_zip(tmp_path / "A.zip", FILES),
+    tiny.write_folder(tmp_path / "B", FILES),
+  ):
+    with pytest.raises(DataError, match="more than 2"):
+      archives.list_files(path)

@@ -1,0 +1,147 @@
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+import tiny_archives as tiny
+
+from kdseg.data import folder
+from kdseg.data import pipeline
+from kdseg.data.archives import DataError
+
+NAMES = tuple(f"lesion_{n}" for n in range(60))
+
+
+def test_a_flat_folder_is_divided_by_a_hash_of_the_stem(tmp_path, make_folder):
+  found = folder.take_inventory(make_folder(tmp_path, NAMES))
+  found.check()
+  assert sorted(p.id for split in found.splits.values() for p in split) == (
+    sorted(NAMES)
+  )
+  for name, split in found.splits.items():
+    assert split
+    assert all(folder.split_of(pair.id) == name for pair in split)
+  assert found.official == found.found
+
+
+def test_about_a_tenth_each_goes_to_validation_and_test():
+  splits = [folder.split_of(f"image_{n}") for n in range(5000)]
+  assert 430 < splits.count("validation") < 570
+  assert 430 < splits.count("test") < 570
+
+
+def test_sub_folders_are_the_splits(tmp_path, make_folder):
+  make_folder(tmp_path / "train", ["a", "b"])
+  make_folder(tmp_path / "test", ["c"])
+  found = folder.take_inventory(tmp_path)
+  found.check()
+  assert {k: [p.id for p in v] for k, v in found.splits.items()} == {
+    "train": ["a", "b"],
+    "test": ["c"],
+  }
+
+
+def test_formats_endings_and_nested_folders_match_by_stem(tmp_path):
+  jpeg = tiny.encode(tiny.picture(0), "JPEG")
+  mask = tiny.mask_bytes(tiny.lesion(0), "BMP")
+  tiny.write_folder(
+    tmp_path,
+    {
+      "images/a.JPG": jpeg,
+      "images/b.jpeg": jpeg,
+      "images/site/c.jpg": jpeg,
+      "images/d_mask.jpg": jpeg,
+      "images/.DS_Store": b"",
+      "masks/a.bmp": mask,
+      "masks/b_Segmentation.bmp": mask,
+      "masks/site/c_lesion.bmp": mask,
+      "masks/d_mask_mask.bmp": mask,
+    },
+  )
+  found = folder.take_inventory(tmp_path)
+  found.check()
+  ids = sorted(p.id for split in found.splits.values() for p in split)
+  assert ids == ["a", "b", "d_mask", "site/c"]
+
+
+def test_own_data_load_like_any_other(tmp_path, make_folder):
+  make_folder(tmp_path / "own data", NAMES)
+  arrays = pipeline.load(
+    "folder",
+    "test",
+    size=8,
+    data_dir=tmp_path / "prepared",
+    manual_dir=tmp_path / "own data",
+  )
+  assert arrays.ids
+  for index, id_ in enumerate(arrays.ids):
+    np.testing.assert_array_equal(
+      arrays.native_mask(index), tiny.lesion(NAMES.index(id_))
+    )
+
+
+def test_a_changed_folder_is_prepared_anew(tmp_path, make_folder):
+  own = make_folder(tmp_path / "own", NAMES[:30])
+  kwargs = {"size": 8, "data_dir": tmp_path / "data", "manual_dir": own}
+  before = pipeline.load("folder", "train", **kwargs)
+  make_folder(own, NAMES)
+  after = pipeline.load("folder", "train", **kwargs)
+  assert len(before) < len(after)
+
+
+def test_it_is_a_tfds_builder(tmp_path, make_folder):
+  own = make_folder(tmp_path / "own", ["a", "b"])
+  builder = tfds.builder("folder", data_dir=tmp_path / "data")
+  builder.download_and_prepare(
+    download_config=tfds.download.DownloadConfig(
+      manual_dir=str(own), try_download_gcs=False
+    )
+  )
+  assert sum(info.num_examples for info in builder.info.splits.values()) == 2
+
+
+def test_a_folder_of_another_form_says_which_form_it_should_have(tmp_path):
+  (tmp_path / "pictures").mkdir()
+  with pytest.raises(DataError, match=r"neither images/ and masks/ nor any"):
+    folder.take_inventory(tmp_path)
+  (tmp_path / "images").mkdir()
+  with pytest.raises(DataError, match=r"has no masks/"):
+    folder.take_inventory(tmp_path)
+
+
+def test_no_folder_says_what_to_pass(tmp_path):
+  with pytest.raises(DataError, match=r"images/ and masks/.*as manual_dir"):
+    pipeline.prepare("folder", data_dir=tmp_path)
+
+
+def test_an_empty_folder_is_refused(tmp_path, make_folder):
+  for kind in ("images", "masks"):
+    (tmp_path / "own" / kind).mkdir(parents=True)
+  with pytest.raises(DataError, match="no pair of image and mask"):
+    pipeline.prepare(
+      "folder", data_dir=tmp_path / "data", manual_dir=tmp_path / "own"
+    )
+
+
+@pytest.mark.parametrize(
+  ("kind", "message"),
+  [("images", r"b: no image in .*images"), ("masks", r"b: no mask in .*masks")],
+)
+def test_a_file_without_partner_is_named(tmp_path, make_folder, kind, message):
+  make_folder(tmp_path, ["a", "b"])
+  (tmp_path / kind / "b.png").unlink()
+  with pytest.raises(DataError, match=message):
+    folder.take_inventory(tmp_path).check()
+
+
+def test_two_files_of_one_stem_and_strangers_are_named(tmp_path, make_folder):
+  make_folder(tmp_path, ["a"])
+  tiny.write_folder(tmp_path, {"masks/a_mask.png": b"", "images/a.csv": b""})
+  problems = folder.take_inventory(tmp_path).problems
+  assert any("two files for a" in problem for problem in problems)
+  assert any("no images: a.csv" in problem for problem in problems)
+
+
+def test_an_id_in_two_splits_is_named(tmp_path, make_folder):
+  make_folder(tmp_path / "train", ["a", "b"])
+  make_folder(tmp_path / "test", ["b"])
+  with pytest.raises(DataError, match=r"b in both train/ and test/"):
+    folder.take_inventory(tmp_path).check()
