@@ -1,0 +1,279 @@
+"""scores.csv: what goes in comes out, and what is cut off is seen."""
+
+import csv
+
+import numpy as np
+import pytest
+
+from kdseg import metrics
+from kdseg.report import scores
+
+# Names that a spreadsheet, a CSV reader or a browser could trip over.
+NASTY = (
+  "=cmd|' /C calc'!A0",
+  "+1",
+  "-1",
+  "@SUM(A1)",
+  "'quoted",
+  "a,b",
+  'say "no"',
+  "two\nlines",
+  "carriage\rreturn",
+  "\ttab",
+  "<script>alert(1)</script>",
+  "caf\u00e9",
+  "\udcff not utf-8",
+  " spaces ",
+)
+
+
+def make_rows(arm="student-none", seed=0, dataset="ph2", ids=("a", "b", "c")):
+  rng = np.random.default_rng(seed + len(arm) + len(dataset))
+  return [
+    {
+      "arm": arm,
+      "seed": seed,
+      "dataset": dataset,
+      "id": identity,
+      **metrics.score(rng.random((6, 7)), rng.random((6, 7)) > 0.5),
+    }
+    for identity in ids
+  ]
+
+
+@pytest.fixture
+def path(tmp_path):
+  return tmp_path / "scores.csv"
+
+
+class TestWriteAndRead:
+  def test_what_goes_in_comes_out_to_the_last_digit(self, path):
+    rows = make_rows() + make_rows(seed=1)
+    scores.write(path, rows)
+    assert scores.read(path) == rows
+
+  @pytest.mark.parametrize("name", NASTY)
+  def test_any_name_comes_back_as_it_was(self, path, name):
+    rows = make_rows(ids=(name, "plain"))
+    scores.write(path, rows)
+    assert scores.read(path) == rows
+
+  @pytest.mark.parametrize("name", NASTY)
+  def test_no_cell_can_be_run_as_a_formula(self, path, name):
+    scores.write(path, make_rows(arm=name, dataset=name, ids=(name,)))
+    with path.open(newline="", errors="surrogateescape") as file:
+      cells = list(csv.reader(file))[1]
+    assert not any(c.startswith(("=", "+", "-", "@", "\t")) for c in cells)
+
+  def test_columns_are_those_of_the_contract(self, path):
+    scores.write(path, make_rows())
+    assert path.read_text().splitlines()[0] == (
+      "arm,seed,dataset,id,dice,jaccard,accuracy,sensitivity,specificity,"
+      "thresholded_jaccard,hd95,hd95_diagonal,assd,assd_diagonal,nsd,"
+      "boundary_iou,true_positive,false_positive,false_negative,"
+      "true_negative,height,width,empty_prediction"
+    )
+
+  def test_numbers_of_numpy_are_numbers(self, path):
+    rows = make_rows(ids=("a",))
+    rows[0]["dice"] = np.float32(0.5)
+    rows[0]["height"] = np.int64(6)
+    scores.write(path, rows)
+    assert "np." not in path.read_text()
+    got = scores.read(path)[0]
+    assert got["dice"] == 0.5
+    assert type(got["height"]) is int
+
+  def test_a_spreadsheet_may_have_changed_the_line_ends(self, path):
+    rows = make_rows()
+    scores.write(path, rows)
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    assert scores.read(path) == rows
+
+  def test_no_rows_is_a_header(self, path):
+    scores.write(path, [])
+    assert scores.read(path) == []
+
+  def test_a_refused_table_leaves_the_old_one(self, path):
+    scores.write(path, make_rows())
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="appears twice"):
+      scores.write(path, make_rows() + make_rows())
+    assert path.read_bytes() == before
+
+  def test_a_crash_while_writing_leaves_the_old_one(self, path, monkeypatch):
+    scores.write(path, make_rows())
+    before = path.read_bytes()
+
+    def crash(_):
+      raise OSError("disk full")
+
+    monkeypatch.setattr(scores.os, "fsync", crash)
+    with pytest.raises(OSError, match="disk full"):
+      scores.append(path, make_rows(seed=1))
+    assert path.read_bytes() == before
+
+
+class TestBadRows:
+  @pytest.mark.parametrize("value", [np.nan, np.inf, None, "0.5"])
+  def test_what_is_no_number_is_refused_with_its_image(self, path, value):
+    rows = make_rows()
+    rows[1]["dice"] = value
+    with pytest.raises(ValueError, match=r"row 1 \(id b\): dice"):
+      scores.write(path, rows)
+
+  def test_half_a_pixel_is_refused(self, path):
+    rows = make_rows()
+    rows[0]["true_positive"] = 1.5
+    with pytest.raises(ValueError, match=r"true_positive is 1\.5"):
+      scores.write(path, rows)
+
+  def test_missing_and_unknown_columns_are_named(self, path):
+    rows = make_rows()
+    del rows[0]["nsd"]
+    rows[0]["colour"] = 3
+    with pytest.raises(ValueError, match="missing nsd, unknown colour"):
+      scores.write(path, rows)
+
+  def test_an_empty_name_is_refused(self, path):
+    with pytest.raises(ValueError, match="id has to be a text"):
+      scores.write(path, make_rows(ids=("",)))
+
+  def test_other_columns_in_a_file_are_named(self, path):
+    scores.write(path, make_rows())
+    path.write_text(path.read_text().replace("hd95,", "hausdorff,", 1))
+    with pytest.raises(ValueError, match=r"missing: hd95; unknown: hausdorff"):
+      scores.read(path)
+
+  def test_a_damaged_cell_is_named_with_its_line(self, path):
+    scores.write(path, make_rows())
+    lines = path.read_text().splitlines(keepends=True)
+    lines[2] = lines[2].replace(",ph2,b,", ",ph2,b,x", 1)
+    path.write_text("".join(lines))
+    with pytest.raises(ValueError, match="line 3: dice is 'x"):
+      scores.read(path)
+
+  def test_a_missing_cell_is_named_with_its_line(self, path):
+    scores.write(path, make_rows())
+    lines = path.read_text().splitlines(keepends=True)
+    lines[2] = lines[2].replace(",ph2,b,", ",ph2,", 1)
+    path.write_text("".join(lines))
+    with pytest.raises(ValueError, match="line 3: 22 cells, not 23"):
+      scores.read(path)
+
+  def test_an_image_that_appears_twice_is_named(self, path):
+    scores.write(path, make_rows())
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines, lines[2]]))
+    with pytest.raises(ValueError, match="image b of ph2 appears twice"):
+      scores.read(path)
+
+
+class TestRecover:
+  def test_no_file_has_no_rows(self, path):
+    assert scores.recover(path) == ([], [])
+
+  def test_a_whole_file_loses_nothing(self, path):
+    rows = make_rows() + make_rows(seed=1) + make_rows(dataset="x", ids="q")
+    scores.write(path, rows)
+    assert scores.recover(path) == (rows, [])
+
+  def test_wherever_the_file_is_cut_only_whole_groups_are_left(self, path):
+    ids = ("=a,b", "two\nlines", "b")
+    first, second = make_rows(ids=ids), make_rows(seed=1, ids=ids)
+    scores.write(path, first + second)
+    whole = path.read_bytes()
+    seen = set()
+    for length in range(len(whole)):
+      path.write_bytes(whole[:length])
+      rows, dropped = scores.recover(path, {"ph2": ids})
+      assert rows in ([], first), length
+      seen.add((len(rows), tuple(dropped)))
+    # Each group is dropped by name at some cut, and the first kept.
+    assert (0, (("student-none", 0, "ph2"),)) in seen
+    assert (3, (("student-none", 1, "ph2"),)) in seen
+
+  def test_without_expectations_neighbours_tell(self, path):
+    rows = make_rows() + make_rows(seed=1)
+    scores.write(path, rows[:-1])
+    assert scores.recover(path) == (rows[:3], [("student-none", 1, "ph2")])
+
+  def test_a_number_that_may_have_lost_digits_is_not_kept(self, path):
+    rows = make_rows() + make_rows(seed=1)
+    scores.write(path, rows)
+    path.write_bytes(path.read_bytes()[:-1])  # only the last line end
+    assert scores.recover(path) == (rows[:3], [("student-none", 1, "ph2")])
+
+  def test_a_group_of_another_data_set_may_be_smaller(self, path):
+    rows = make_rows() + make_rows(dataset="isic2016_test", ids=("a",))
+    scores.write(path, rows)
+    assert scores.recover(path) == (rows, [])
+
+  def test_expected_ids_find_a_partial_group_anywhere(self, path):
+    part, whole = make_rows(ids=("a", "b")), make_rows(seed=1)
+    scores.write(path, part + whole)
+    got = scores.recover(path, {"ph2": ("a", "b", "c")})
+    assert got == (whole, [("student-none", 0, "ph2")])
+
+  def test_reading_it_as_whole_is_refused(self, path):
+    scores.write(path, make_rows())
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(ValueError, match="ends within a row of student-none"):
+      scores.read(path)
+
+  def test_a_file_of_something_else_is_not_taken_for_a_cut_one(self, path):
+    path.write_text("a,b\n1,2")
+    with pytest.raises(ValueError, match="not the columns"):
+      scores.recover(path)
+
+
+class TestAppend:
+  def test_groups_come_one_after_the_other(self, path):
+    first, second = make_rows(), make_rows(seed=1)
+    assert scores.append(path, first) == []
+    assert scores.append(path, second) == []
+    assert scores.read(path) == first + second
+
+  def test_a_run_is_scored_once(self, path):
+    scores.append(path, make_rows())
+    with pytest.raises(ValueError, match="student-none, seed 0, on ph2"):
+      scores.append(path, make_rows())
+
+  def test_a_partial_group_makes_room_for_the_whole_one(self, path):
+    first, second = make_rows(), make_rows(seed=1)
+    scores.write(path, first + second)
+    path.write_bytes(path.read_bytes()[:-9])
+    dropped = scores.append(path, second)
+    assert dropped == [("student-none", 1, "ph2")]
+    assert scores.read(path) == first + second
+
+  def test_new_rows_are_held_to_the_expected_images(self, path):
+    with pytest.raises(ValueError, match="3 rows for ph2, which has 4"):
+      scores.append(path, make_rows(), {"ph2": "abcd"})
+    assert not path.exists()
+
+  def test_expected_images_make_room_in_the_file_too(self, path):
+    scores.write(path, make_rows(ids="ab"))
+    got = scores.append(path, make_rows(), {"ph2": "abc"})
+    assert got == [("student-none", 0, "ph2")]
+    assert scores.read(path) == make_rows()
+
+
+class TestMerge:
+  def test_joins_groups_in_their_order(self):
+    one, two = make_rows(), make_rows(seed=1)
+    assert scores.merge(two, one) == two + one
+
+  def test_the_same_group_twice_counts_once(self):
+    one, two = make_rows(), make_rows(seed=1)
+    assert scores.merge(one + two, one[::-1]) == one + two
+
+  def test_other_scores_for_the_same_run_are_an_error(self):
+    one, two = make_rows(), make_rows()
+    two[1]["dice"] = 0.123
+    with pytest.raises(ValueError, match="table 2 has other scores"):
+      scores.merge(one, two)
+
+  def test_a_run_scored_on_fewer_images_is_an_error(self):
+    with pytest.raises(ValueError, match="student-none, seed 0, on ph2"):
+      scores.merge(make_rows(), make_rows()[:2])
