@@ -74,22 +74,32 @@ def _load(
       )
     parts.append(rows)
     metas.append(_read_meta(folder / "report.json"))
-  return scores.merge(*parts), summary.merge_meta(metas)
-
-
-def _read_meta(path: pathlib.Path) -> dict[str, Any]:
-  if not path.is_file():
+  stated = [meta for meta in metas if meta is not None]
+  if stated and len(stated) < len(metas):
+    missing = folders[metas.index(None)]
+    raise ValueError(
+      f"{missing} has no report.json and others do: its protocol is not known "
+      "to be theirs, so that its scores do not belong in their table"
+    )
+  if not stated:
     print(
-      f"warning: {path} does not exist; the protocol lines say 'not stated'",
+      "warning: no report.json; the protocol lines say 'not stated'",
       file=sys.stderr,
     )
-    return {}
+  return scores.merge(*parts), summary.merge_meta(stated)
+
+
+def _read_meta(path: pathlib.Path) -> dict[str, Any] | None:
+  if not path.is_file():
+    return None
   try:
     meta = json.loads(path.read_text("utf-8"))
   except ValueError as error:
     raise ValueError(f"{path} is no JSON: {error}") from error
   if not isinstance(meta, dict):
-    raise ValueError(f"{path} has to hold an object, not {type(meta)}")
+    raise ValueError(
+      f"{path} has to hold an object, not a {type(meta).__name__}"
+    )
   return meta
 
 

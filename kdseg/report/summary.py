@@ -219,6 +219,12 @@ def summarize(rows: Iterable[scores.Row], meta: Meta) -> Summary:
       compared.append(_compare(dataset, arm, baseline, seeds, ids, here, meta))
     gates[dataset], failed = _gates(dataset, scored, meta)
     warnings += failed
+  there = {(c.dataset, c.arm) for c in compared}
+  warnings += [
+    f"report.json: the primary family names {entry}, which was not compared"
+    for entry in meta.get("primary", ())
+    if (entry.get("dataset"), entry.get("arm")) not in there
+  ]
   compared = _with_verdicts(compared, meta)
   return Summary(
     arms=tuple(arms),

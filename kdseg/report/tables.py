@@ -246,7 +246,7 @@ def _difference_table(
   share = f"{level:.0%}".replace("%", " %")
   family = sum(c.holm is not None for c in compared)
   return Table(
-    title=f"{dataset}: difference in Dice to no distillation",
+    title=f"{dataset}: paired difference in Dice",
     header=(
       "arm",
       "against",
@@ -289,7 +289,7 @@ def _other_differences(
   shown = COMPARED[1:]
   share = f"{level:.0%}".replace("%", " %")
   return Table(
-    title=f"{dataset}: differences in the other metrics",
+    title=f"{dataset}: paired differences in the other metrics",
     header=("arm", "against", *(_LABELS[metric] for metric in shown)),
     rows=tuple(
       (
