@@ -562,7 +562,7 @@ def _protocol_line(
     f"lesion where p > {protocol.get('threshold', _NOT_STATED)}",
     "one value an image, mean over images, then mean over seeds ± their "
     "standard deviation; pooled: over all pixels",
-    f"probabilities resized {protocol.get('interpolation', _NOT_STATED)}",
+    f"probabilities resized: {protocol.get('interpolation', _NOT_STATED)}",
     "test-time augmentation: "
     f"{protocol.get('test_time_augmentation', _NOT_STATED)}",
     f"checkpoint: {protocol.get('checkpoint', _NOT_STATED)}",
