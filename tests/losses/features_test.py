@@ -1,5 +1,6 @@
 import functools
 import math
+from unittest import mock
 
 from absl.testing import parameterized
 import chex
@@ -87,6 +88,13 @@ class KeepMaskTest(chex.TestCase):
     keep = features.keep_mask(KEY, region, mask_ratio=1.0)
     np.testing.assert_array_equal(keep, region == 0)
     assert np.all(features.keep_mask(KEY, region, mask_ratio=0.0))
+
+  def test_a_draw_of_exactly_zero_hides_nothing_at_ratio_zero(self):
+    with mock.patch.object(
+      jax.random, "uniform", lambda key, shape: jnp.zeros(shape)
+    ):
+      keep = features.keep_mask(KEY, jnp.ones((1, 4, 4)), mask_ratio=0.0)
+    assert np.all(keep)
 
   def test_outside_has_its_own_ratio(self):
     region = jnp.zeros((2, 64, 64)).at[:, :32].set(1)
@@ -620,6 +628,19 @@ class MultiscaleTest(chex.TestCase):
       _mean_squares(shallow.generate(shallow.seen[0]), TEACHER),
     ]
     np.testing.assert_allclose(loss, np.dot([1 / 3, 2 / 3], each), rtol=1e-5)
+
+  def test_taps_of_one_size_hide_other_cells(self):
+    spies = [_Spy(), _Spy()]
+    features.m2bf_multiscale(
+      [STUDENT] * 2,
+      [TEACHER] * 2,
+      [REGION] * 2,
+      KEY,
+      generate=spies,
+      carry=[jnp.zeros_like],
+      mask_ratios=(0.5, 0.5),
+    )
+    assert np.any(spies[0].seen[0] != spies[1].seen[0])
 
   def test_one_tap_is_mbf_to_the_bit(self):
     value = features.m2bf_multiscale(
