@@ -27,16 +27,18 @@ from PIL import Image
 from kdseg import cache
 from kdseg import checkpoint
 from kdseg import evaluate
+from kdseg import metrics
 from kdseg import networks
 from kdseg import objective
-#TMP from kdseg import report
 from kdseg import stage
 from kdseg import step as step_lib
 from kdseg import train
 from kdseg import workdir as workdir_lib
 from kdseg.data import pipeline
 from kdseg.networks.teachers import ensemble
+from kdseg.report import overlays
 from kdseg.report import scores as scores_lib
+from kdseg.report import tables
 
 _LOG = logging.getLogger("kdseg")
 
@@ -133,7 +135,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> bool:
     }
     train_arms(config, workdir, data, log, plans, methods, teachers)
     score_arms(config, workdir, data, plans, teachers)
-    #TMP report.write(workdir)
+    write_report(config, workdir, data, plans)
     seconds = time.monotonic() - started
     log({"stage": "run", "seconds": round(seconds, 1)})
     _LOG.info(
@@ -400,8 +402,7 @@ def _mapped(
   """Maps function(variables, image, ...) over the devices; numpy in and out."""
   mapped = step_lib.parallel(
     lambda variables, arguments: function(variables, *arguments),
-    replicated=(0,),
-    mapped=(1,),
+    replicated=1,
     out_replicated=False,
   )
   held = step_lib.replicate(variables)
@@ -515,7 +516,7 @@ def train_arms(
           "arm": plan.arm,
           "network": plan.student,
           "method": plan.method,
-          "switches": dict(config.methods[plan.method]),
+          "switches": config.methods[plan.method].to_dict(),
         },
         method=method,
         distiller=distiller,
@@ -695,9 +696,7 @@ def score_arms(
         arrays,
         batch_size=config.evaluation.batch_size,
         averaging=averaging,
-        keep=_keep_prediction(
-          workdir / "predictions" / f"{arm}-seed{seed}" / test
-        ),
+        keep=functools.partial(_save_prediction, workdir, arm, seed, test),
       )
       scores_lib.append(
         path,
@@ -721,14 +720,159 @@ def _student(
   return Teacher(network, variables)
 
 
-def _keep_prediction(
-  folder: pathlib.Path,
-) -> Callable[[str, np.ndarray], None]:
-  """Returns a writer of predicted masks, one PNG an image."""
-  folder.mkdir(parents=True, exist_ok=True)
+# --------------------------------------------------------------------- report
 
-  def keep(identity: str, mask: np.ndarray) -> None:
-    name = identity.replace("/", "_")
-    Image.fromarray(mask).save(folder / f"{name}.png")
 
-  return keep
+def write_report(
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  data: Data,
+  plans: list[Plan],
+) -> None:
+  """Writes report.json, the tables and overlays.png from what lies there."""
+  rows = scores_lib.read(workdir / "scores.csv")
+  meta = _describe_protocol(config, workdir, data, plans)
+  checkpoint.write_json(workdir / "report.json", meta)
+  picture = _draw_overlays(workdir, data, rows)
+  picture.save(workdir / "overlays.png")
+  for name, text in tables.make_tables(rows, meta).items():
+    (workdir / name).write_text(text, "utf-8", "backslashreplace", "\n")
+
+
+def _describe_protocol(
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  data: Data,
+  plans: list[Plan],
+) -> dict[str, Any]:
+  """Returns what `report.summary` calls meta."""
+  size = config.data.size
+  arms, notes = {}, []
+  folders = {name: workdir / "teachers" / name for name in config.teachers}
+  folders |= {plan.arm: workdir / "arms" / plan.key for plan in plans}
+  macs: dict[str, float] = {}
+  for arm, folder in folders.items():
+    if not checkpoint.is_finished(folder):
+      continue
+    about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+    is_teacher = arm in config.teachers
+    options = (
+      config.teachers[arm].options
+      if is_teacher
+      else config.students.get(about["network"], {})
+    )
+    if about["network"] not in macs:
+      network = networks.make_network(about["network"], **dict(options))
+      macs[about["network"]] = networks.count_macs(network, size=size)
+    arms[arm] = {
+      "parameters": about["parameters"],
+      "macs": macs[about["network"]],
+    }
+  if len(config.distil_from) > 1:
+    parts = [arms[name] for name in config.distil_from]
+    arms[JOINT] = {
+      key: sum(part[key] for part in parts) for key in ("parameters", "macs")
+    }
+    notes.append(
+      f"{JOINT} is the mean probability of {', '.join(config.distil_from)}"
+    )
+  for plan in plans:
+    for name in ("about.json", "failed.json"):
+      path = workdir / "arms" / plan.key / name
+      if path.exists():
+        why = json.loads(path.read_text(encoding="utf-8"))["diverged"]
+        if why:
+          notes.append(f"{plan.arm}, seed {plan.seed}, diverged: {why}")
+  excluded = ", ".join(data.train.excluded)
+  if excluded:
+    notes.append(
+      f"kept out of training, as duplicates of test images: {excluded}"
+    )
+  training = make_training(dict(config.training))
+  averaging = config.evaluation.averaging
+  if config.evaluation.teacher_averaging != averaging:
+    averaging += f" (teachers: {config.evaluation.teacher_averaging})"
+  teacher = ""
+  if config.distil_from:
+    teacher = JOINT if len(config.distil_from) > 1 else config.distil_from[0]
+  meta = {
+    "train": {
+      "name": config.data.name,
+      "found": data.train.found_count,
+      "official": data.train.official_count,
+    },
+    "datasets": {
+      test: {"found": arrays.found_count, "official": arrays.official_count}
+      for test, arrays in data.tests.items()
+    },
+    "protocol": {
+      "resolution": size,
+      "threshold": metrics.THRESHOLD,
+      "interpolation": "bilinear",
+      "test_time_augmentation": averaging,
+      "checkpoint": (
+        f"best validation Dice, every {training.validate_epochs:g} epochs"
+      ),
+    },
+    "arms": arms,
+    "baseline": "none",
+    "notes": notes,
+  }
+  if teacher:
+    meta["teacher"] = teacher
+  groups = dict(config.evaluation.get("groups", {}))
+  if groups:
+    meta["groups"] = {name: list(ids) for name, ids in groups.items()}
+  return meta
+
+
+def _draw_overlays(
+  workdir: pathlib.Path, data: Data, rows: list[scores_lib.Row]
+) -> Image.Image:
+  """Draws the first seed of every arm on the first test set."""
+  test, arrays = next(iter(data.tests.items()))
+  index = {identity: i for i, identity in enumerate(arrays.ids)}
+  cases, seen = [], set()
+  for (arm, seed, dataset), group in scores_lib.groups(rows).items():
+    if dataset != test or arm in seen:
+      continue
+    seen.add(arm)
+    dice = {str(row["id"]): float(row["dice"]) for row in group}
+    for rank, identity in overlays.pick(group).items():
+      i = index[identity]
+      truth = arrays.native_mask(i)
+      image = Image.fromarray(arrays.image[i]).resize(truth.shape[::-1])
+      path = _prediction_path(workdir, arm, seed, test, identity)
+      with Image.open(path) as prediction:
+        cases.append(
+          overlays.Case(
+            arm=arm,
+            rank=rank,
+            id=identity,
+            dice=dice[identity],
+            image=np.asarray(image),
+            truth=truth,
+            prediction=np.asarray(prediction.convert("L")) > 0,
+          )
+        )
+  return overlays.overlays(cases, title=f"{test}, first seed of each arm")
+
+
+def _prediction_path(
+  workdir: pathlib.Path, arm: str, seed: int, test: str, identity: str
+) -> pathlib.Path:
+  name = identity.replace("/", "_")
+  return workdir / "predictions" / f"{arm}-seed{seed}" / test / f"{name}.png"
+
+
+def _save_prediction(
+  workdir: pathlib.Path,
+  arm: str,
+  seed: int,
+  test: str,
+  identity: str,
+  mask: np.ndarray,
+) -> None:
+  path = _prediction_path(workdir, arm, seed, test, identity)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  Image.fromarray(mask).save(path)

@@ -6,6 +6,7 @@ import sys
 
 from absl import app
 from absl import flags
+from absl import logging as absl_logging
 import jax
 from ml_collections import config_flags
 
@@ -45,6 +46,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _show_progress() -> None:
   """Sends the package's log to the terminal, one line an event."""
+  absl_logging.set_verbosity(absl_logging.WARNING)
   handler = logging.StreamHandler()
   handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
   log = logging.getLogger("kdseg")

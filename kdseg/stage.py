@@ -190,10 +190,9 @@ def train_together(
           teacher_std=deviations,
           average_decay=training.average_decay,
         ),
-        replicated=(0,),
-        mapped=(1,),
+        replicated=1,
         out_replicated=True,
-        donate=(0,),
+        donate=True,
       )
     arms[name] = train.Arm(
       state=initial_state(contender, setting, training, tx),
@@ -276,8 +275,7 @@ def _make_prepare(
     step_lib.make_prepare(
       functools.partial(augment_lib.augment, **options), teach
     ),
-    replicated=(0, 1, 2),
-    mapped=(3,),
+    replicated=3,
     out_replicated=False,
   )
   held = step_lib.replicate({} if teach is None else teacher_variables)
@@ -294,8 +292,7 @@ def make_predict(network: nn.Module) -> Callable[..., Any]:
   """Returns `step.make_predict` of a network, mapped over the devices."""
   return step_lib.parallel(
     step_lib.make_predict(network),
-    replicated=(0,),
-    mapped=(1,),
+    replicated=1,
     out_replicated=False,
   )
 

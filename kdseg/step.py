@@ -265,10 +265,9 @@ def make_predict(
 def parallel(
   function: Callable[..., Any],
   *,
-  replicated: tuple[int, ...],
-  mapped: tuple[int, ...],
+  replicated: int,
   out_replicated: bool,
-  donate: tuple[int, ...] = (),
+  donate: bool = False,
 ) -> Callable[..., Any]:
   """Maps a function over the devices of all hosts, jitted; one trace.
 
@@ -277,21 +276,32 @@ def parallel(
 
   Args:
     function: may use collectives over `AXIS`.
-    replicated: positions of arguments that are the same on every device,
-      without a device axis; place them with `replicate`.
-    mapped: positions of arguments with a leading device axis; see `shard`.
+    replicated: how many of its first arguments are the same on every device
+      and have no device axis (place them with `replicate`); at least one. The
+      others have a leading device axis (see `shard`).
     out_replicated: whether the results are the same on every device and come
       back without a device axis.
-    donate: positions of arguments whose memory is reused.
+    donate: whether the memory of the replicated arguments is reused.
   """
-  axes = {**dict.fromkeys(replicated), **dict.fromkeys(mapped, 0)}
-  return jax.pmap(
-    function,
+
+  def packed(held: tuple[Tree, ...], shared: tuple[Tree, ...]) -> Any:
+    return function(*held, *shared)
+
+  # Two tuples, as pmap miscounts its axes when an argument of its own is an
+  # empty tree (seen in jax 0.10.2 and 0.12.0).
+  mapped = jax.pmap(
+    packed,
     axis_name=AXIS,
-    in_axes=tuple(axes[i] for i in range(len(axes))),
+    in_axes=(None, 0),
     out_axes=None if out_replicated else 0,
-    donate_argnums=donate,
+    donate_argnums=(0,) if donate else (),
   )
+
+  @functools.wraps(function)
+  def call(*arguments: Tree) -> Any:
+    return mapped(arguments[:replicated], arguments[replicated:])
+
+  return call
 
 
 def replicate(tree: Tree) -> Tree:

@@ -1,0 +1,79 @@
+"""Multiply-accumulate operations of a network, counted in its program."""
+
+from collections.abc import Callable
+import math
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from kdseg.networks import layers
+
+
+def count_macs(network: nn.Module, *, size: int) -> int:
+  """Counts the multiply-accumulates of one forward pass of one image.
+
+  Those of convolutions and matrix products; norms, activations, pooling and
+  resizing are left out, as is usual. FLOPs are twice as many.
+
+  Args:
+    network: called as `network(image, train=False)`.
+    size: side of the image in pixels.
+
+  Returns:
+    The count, the same on every backend.
+  """
+  shifted = 0
+
+  def watch(
+    call: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    keywords: dict[str, Any],
+    context: nn.module.InterceptorContext,
+  ) -> Any:
+    nonlocal shifted
+    out = call(*arguments, **keywords)
+    module = context.module
+    # On a CPU this layer is no convolution in the program, but shifts and
+    # elementwise products.
+    if isinstance(module, layers.DepthwiseConv) and (
+      layers.implementation_for_backend(module.implementation) == "cpu"
+    ):
+      shifted += out.size * module.kernel_size**2
+    return out
+
+  image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+  variables = jax.eval_shape(network.init, jax.random.key(0), image)
+
+  def forward(variables: Any, image: jax.Array) -> Any:
+    with nn.intercept_methods(watch):
+      return network.apply(variables, image, train=False)["logits"]
+
+  program = jax.make_jaxpr(forward)(variables, image)
+  return _count(program.jaxpr) + shifted
+
+
+def _count(jaxpr: Any) -> int:
+  total = 0
+  for equation in jaxpr.eqns:
+    for value in equation.params.values():
+      for inner in value if isinstance(value, tuple | list) else (value,):
+        inner = getattr(inner, "jaxpr", inner)
+        if hasattr(inner, "eqns"):
+          total += _count(inner)
+    name = equation.primitive.name
+    if name == "dot_general":
+      (contracted, _), _ = equation.params["dimension_numbers"]
+      left = equation.invars[0].aval.shape
+      total += equation.outvars[0].aval.size * math.prod(
+        left[axis] for axis in contracted
+      )
+    elif name == "conv_general_dilated":
+      numbers = equation.params["dimension_numbers"]
+      kernel = equation.invars[1].aval
+      # Per output: the kernel's size without its output channels, which are
+      # counted in the output; the input channels of a kernel are a group's.
+      per_output = kernel.size // kernel.shape[numbers.rhs_spec[0]]
+      total += equation.outvars[0].aval.size * per_output
+  return total
