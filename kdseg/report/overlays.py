@@ -166,13 +166,13 @@ def _outlined(case: Case) -> Image.Image:
   )
   # The prediction is the thinner line and on top: where both agree, one sees
   # both.
-  for mask, colour, radius in (
-    (case.truth, TRUTH_COLOUR, 4.0),
-    (case.prediction, PREDICTION_COLOUR, 1.8),
+  for mask, colour, radius, rim in (
+    (case.truth, TRUTH_COLOUR, 5.0, 1.5),
+    (case.prediction, PREDICTION_COLOUR, 2.2, 1.0),
   ):
     distance = _distance_to_outline(mask, size)
     for reach, ink, strength in (
-      (radius + 2.5, (0, 0, 0), 0.45),  # a dark rim, seen on any skin
+      (radius + rim, (0, 0, 0), 0.55),  # a dark rim, seen on any skin
       (radius, colour, 1.0),
     ):
       cover = strength * np.clip(reach + 0.5 - distance, 0, 1)[..., None]
