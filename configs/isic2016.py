@@ -29,7 +29,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.teachers = ml_collections.ConfigDict()
   c.teachers.teacher_vit = ml_collections.ConfigDict({
     "network": "vit_unet",
-    "options": {"dropout": 0.1},
+    "options": {"widths": (64, 32, 16), "dropout": 0.1},
     "seed": 0,
     "checkpoint": "",
     "precompute": True,

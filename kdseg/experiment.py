@@ -428,18 +428,19 @@ def _key(tree: Tree, arrays: pipeline.Arrays, *more: str) -> str:
 
 def _progress(what: str) -> Callable[[int, int], None]:
   """Returns a reporter of (done, total) that logs every tenth, with an ETA."""
-  started = time.monotonic()
+  began: tuple[float, int] | None = None
   shown = 0
 
   def show(done: int, total: int) -> None:
-    nonlocal shown
-    if 10 * done // total > shown or done == total:
+    nonlocal began, shown
+    now = time.monotonic()
+    if began is None:
+      # The first call compiles, and a resumed run has not done the rest now.
+      began, shown = (now, done), 10 * done // total
+    elif 10 * done // total > shown:
       shown = 10 * done // total
-      elapsed = time.monotonic() - started
-      _LOG.info(
-        "%s: %d/%d  ETA %s",
-        what, done, total, train.duration(elapsed * (total - done) / done),
-      )  # fmt: skip
+      left = (now - began[0]) * (total - done) / (done - began[1])
+      _LOG.info("%s: %d/%d  ETA %s", what, done, total, train.duration(left))
 
   return show
 

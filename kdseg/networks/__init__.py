@@ -19,6 +19,7 @@ to this.
 from collections.abc import Callable
 from collections.abc import Mapping
 import difflib
+import functools
 from typing import Any
 
 from flax import linen as nn
@@ -95,8 +96,7 @@ def make_variables(
   Raises:
     ImportError: if published weights are wanted and not installed.
   """
-  image = jnp.zeros((1, size, size, 3), jnp.float32)
-  variables = dict(jax.jit(network.init)(rng, image))
+  variables = dict(_init(network, rng, size))
   if not weights:
     return variables
   if isinstance(network, vit_unet.ViTUNet):
@@ -112,6 +112,12 @@ def make_variables(
     lite = pretrained.load_efficientnet_lite(network.encoder_variant)
     variables = pretrained.insert(variables, lite)
   return variables
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _init(network: nn.Module, rng: jax.Array, size: int) -> dict[str, Any]:
+  """Compiled once a network, however many seeds are drawn."""
+  return network.init(rng, jnp.zeros((1, size, size, 3), jnp.float32))
 
 
 CONVOLUTIONAL_TEACHERS = (
