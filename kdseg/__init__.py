@@ -1,0 +1,1 @@
+"""Boundary distillation of skin-lesion segmentation networks."""

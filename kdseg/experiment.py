@@ -307,7 +307,7 @@ def make_teacher(
 
   Raises:
     CheckpointError: if the checkpoint is another network's.
-    Diverged: if its training diverges.
+    DivergedError: if its training diverges.
   """
   c = config.teachers[name]
   network = networks.make_network(
@@ -594,14 +594,14 @@ def _make_teaching(
     ValueError: if a method needs a teacher and there is none.
   """
   needing = [method for method in methods if method.terms]
-  # Every arm of a comparison sees the same augmentation, so whether the
-  # orientations are drawn on the host must not hang on the group's methods.
   if teacher is None:
     if needing:
       raise ValueError("methods with terms need a teacher: set distil_from")
     return Teaching()
   taps = sorted({tap for m in needing if m.feature_terms for tap in m.taps})
-  teach = step_lib.make_teach(teacher.network, tuple(taps))
+  teach = step_lib.make_teach(
+    teacher.network, tuple(taps), channels=config.taught_channels
+  )
   image = jax.ShapeDtypeStruct(
     (1, config.data.size, config.data.size, 3), jnp.float32
   )
@@ -618,7 +618,13 @@ def _make_teaching(
     return teach(variables, image.astype(jnp.float32) / 255.0, encoded)
 
   name = "+".join(config.distil_from)
-  key = _key(teacher.variables, data.train, repr(teacher.network), *taps)
+  key = _key(
+    teacher.variables,
+    data.train,
+    repr(teacher.network),
+    str(config.taught_channels),
+    *taps,
+  )
   computed = cache.compute(
     _mapped(answer, teacher.variables),
     data.train.image,

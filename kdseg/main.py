@@ -26,7 +26,7 @@ _WORKDIR = flags.DEFINE_string(
 _EXPECTED = (
   archives.DataError,
   checkpoint.CheckpointError,
-  train.Diverged,
+  train.DivergedError,
   workdir_lib.WorkdirError,
   ImportError,
 )

@@ -155,7 +155,7 @@ def train_together(
     validation_encoded: what a frozen encoder made of the validation images.
 
   Raises:
-    Diverged: if every contender diverged.
+    DivergedError: if every contender diverged.
     CheckpointError: if the folder holds another stage's checkpoints.
   """
   steps = training.steps(len(arrays), setting.batch_size)

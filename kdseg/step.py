@@ -93,12 +93,18 @@ def make_prepare(
 
 
 def make_teach(
-  teacher: nn.Module, names: tuple[str, ...]
+  teacher: nn.Module, names: tuple[str, ...], *, channels: int = 0
 ) -> Callable[..., dict[str, Array]]:
   """Makes `teach(variables, image)`: the teacher's outputs `names`, frozen.
 
   The teacher is in evaluation mode and never differentiated. Taps too wide
   for a generator are projected here, once for all arms.
+
+  Args:
+    teacher: the network.
+    names: the taps wanted; the logits always come.
+    channels: taps are projected to at most so many channels; 0 for the rule of
+      `distiller.target_channels`.
   """
 
   def teach(
@@ -109,8 +115,13 @@ def make_teach(
     taught = {"logits": out["logits"]}
     for name in names:
       if name != "logits":
-        channels = distiller_lib.target_channels(out[name].shape[-1])
-        taught[name] = distiller_lib.project(out[name], channels)
+        have = out[name].shape[-1]
+        wanted = (
+          min(have, channels)
+          if channels
+          else distiller_lib.target_channels(have)
+        )
+        taught[name] = distiller_lib.project(out[name], wanted)
     return jax.tree.map(jax.lax.stop_gradient, taught)
 
   return teach

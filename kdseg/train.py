@@ -22,7 +22,7 @@ TrainState = state_lib.TrainState
 StepFn = Callable[[TrainState, Tree], tuple[TrainState, dict[str, jax.Array]]]
 
 
-class Diverged(RuntimeError):
+class DivergedError(RuntimeError):
   """No arm is left whose loss and gradients are finite."""
 
 
@@ -115,7 +115,7 @@ def fit(
       interval of the log was skipped.
 
   Raises:
-    Diverged: if no arm is left.
+    DivergedError: if no arm is left.
     ValueError: on an unknown `on_non_finite`.
   """
   if on_non_finite not in ("stop", "skip"):
@@ -153,7 +153,7 @@ def fit(
       )
       _report(stage, done, total, live, host, log, started, started_at, spent)
       if not live:
-        raise Diverged(
+        raise DivergedError(
           f"{stage}: no arm is left at step {done}; "
           + "; ".join(f"{n}: {arm.diverged}" for n, arm in arms.items())
         )

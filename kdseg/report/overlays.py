@@ -167,7 +167,7 @@ def _outlined(case: Case) -> Image.Image:
   # The prediction is the thinner line and on top: where both agree, one sees
   # both.
   for mask, colour, radius, rim in (
-    (case.truth, TRUTH_COLOUR, 5.0, 1.5),
+    (case.truth, TRUTH_COLOUR, 5.5, 1.5),
     (case.prediction, PREDICTION_COLOUR, 2.2, 1.0),
   ):
     distance = _distance_to_outline(mask, size)

@@ -7,6 +7,7 @@ the position table is resized by bicubic interpolation without antialiasing, as
 in the file the weights are read from (see `pretrained.load_vit_small`).
 """
 
+import functools
 from typing import Any
 
 from flax import linen as nn
@@ -31,15 +32,15 @@ class Attention(nn.Module):
   def __call__(self, x: Array) -> Array:
     batch, tokens, width = x.shape
     split = (batch, tokens, self.heads, width // self.heads)
-    dense = lambda name: nn.Dense(width, dtype=self.dtype, name=name)
-    query = dense("query")(x).reshape(split)
-    key = dense("key")(x).reshape(split)
-    value = dense("value")(x).reshape(split)
+    dense = functools.partial(nn.Dense, width, dtype=self.dtype)
+    query = dense(name="query")(x).reshape(split)
+    key = dense(name="key")(x).reshape(split)
+    value = dense(name="value")(x).reshape(split)
     scale = (width // self.heads) ** -0.5
     scores = jnp.einsum("bqhd,bkhd->bhqk", query * scale, key)
     shares = jax.nn.softmax(scores.astype(jnp.float32)).astype(self.dtype)
     mixed = jnp.einsum("bhqk,bkhd->bqhd", shares, value)
-    return dense("output")(mixed.reshape(batch, tokens, width))
+    return dense(name="output")(mixed.reshape(batch, tokens, width))
 
 
 class Block(nn.Module):
@@ -51,13 +52,17 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     width = x.shape[-1]
-    norm = lambda name: nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name=name)
-    scale = lambda name: self.param(
-      name, nn.initializers.constant(1e-5), (width,)
-    ).astype(self.dtype)
-    y = Attention(self.heads, self.dtype, name="attention")(norm("norm1")(x))
+    norm = functools.partial(nn.LayerNorm, epsilon=1e-6, dtype=self.dtype)
+
+    def scale(name: str) -> Array:
+      initial = nn.initializers.constant(1e-5)
+      return self.param(name, initial, (width,)).astype(self.dtype)
+
+    y = Attention(self.heads, self.dtype, name="attention")(
+      norm(name="norm1")(x)
+    )
     x = x + scale("layer_scale1") * y
-    y = nn.Dense(4 * width, dtype=self.dtype, name="fc1")(norm("norm2")(x))
+    y = nn.Dense(4 * width, dtype=self.dtype, name="fc1")(norm(name="norm2")(x))
     y = jax.nn.gelu(y, approximate=False)
     y = nn.Dense(width, dtype=self.dtype, name="fc2")(y)
     return x + scale("layer_scale2") * y

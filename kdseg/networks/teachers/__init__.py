@@ -1,0 +1,1 @@
+"""Networks to be learned from."""

@@ -122,9 +122,12 @@ class Decoder(nn.Module):
     self, image: Array, grids: Array, train: bool
   ) -> dict[str, Array]:
     norm = layers.batch_norm(train, dtype=self.dtype, axis_name=self.axis_name)
-    block = lambda width, name, kernel=3: layers.ConvBlock(
-      width, norm, kernel_size=kernel, dtype=self.dtype, name=name
-    )
+
+    def block(width: int, name: str, kernel: int = 3) -> layers.ConvBlock:
+      return layers.ConvBlock(
+        width, norm, kernel_size=kernel, dtype=self.dtype, name=name
+      )
+
     height, width = image.shape[1:3]
     image = image.astype(self.dtype)
     if self.branch == "conv":
