@@ -1,7 +1,17 @@
 r"""Boundary distillation on ISIC-2016, scored on its test set and on PH2.
 
+Command:
   python -m kdseg.main --config configs/isic2016.py --workdir runs/isic2016 \
-    --config.data.manual_dir FOLDER_WITH_THE_OFFICIAL_ARCHIVES
+  --config.data.manual_dir FOLDER_WITH_THE_OFFICIAL_ARCHIVES
+
+Trains a ViT-S/14 teacher (frozen encoder) and two patchified U-Nets without
+distillation, with MBF and with M2BF. Needs the extra `teacher-vit`. Scores,
+hours and hardware are in README.md, per-image scores under results/.
+
+Variants, by flags:
+  --config.arms.patch_unet_50k.seeds='(0,)'   fewer seeds; more can follow in
+                                              the same workdir
+  --config.evaluation.teacher_averaging=dihedral   test-time averaging
 """
 
 import ml_collections
@@ -31,46 +41,56 @@ def get_config() -> ml_collections.ConfigDict:
   c.encoder_weights = True
 
   c.teachers = ml_collections.ConfigDict()
-  c.teachers.teacher_vit = ml_collections.ConfigDict({
-    "network": "vit_unet",
-    "options": {"widths": (64, 32, 16), "dropout": 0.1},
-    "seed": 0,
-    "checkpoint": "",
-    "precompute": True,
-    "training": {
-      "epochs": 16.0,
-      "learning_rate": 1e-3,
-      "weight_decay": 1e-2,
-      "encoder_scale": 0.0,
-      "average_decay": 0.99,
-    },
-  })
+  c.teachers.teacher_vit = ml_collections.ConfigDict(
+    {
+      "network": "vit_unet",
+      "options": {"widths": (64, 32, 16), "dropout": 0.1},
+      "seed": 0,
+      "checkpoint": "",
+      "precompute": True,
+      "training": {
+        "epochs": 16.0,
+        "learning_rate": 1e-3,
+        "weight_decay": 1e-2,
+        "encoder_scale": 0.0,
+        "average_decay": 0.99,
+      },
+    }
+  )
   c.distil_from = ("teacher_vit",)
   # A frozen teacher answers for flips and quarter turns, once; so no other
   # geometric augmentation reaches the students of this config.
   c.precompute_teacher = True
   c.taught_channels = 32
 
-  c.methods = ml_collections.ConfigDict({
-    "none": {},
-    "mbf": {"terms": {"mbf": 1.0}, "taps": TAPS},
-    "m2bf": {"terms": {"m2bf": 1.0}, "heads": 3, "taps": TAPS},
-  })
+  c.methods = ml_collections.ConfigDict(
+    {
+      "none": {},
+      "mbf": {"terms": {"mbf": 1.0}, "taps": TAPS},
+      "m2bf": {"terms": {"m2bf": 1.0}, "heads": 3, "taps": TAPS},
+    }
+  )
   c.students = ml_collections.ConfigDict()
-  c.arms = ml_collections.ConfigDict({
-    "patch_unet_50k": {
-      "methods": ("none", "mbf", "m2bf"), "seeds": (0, 1, 2)
-    },
-    "patch_unet_12k": {
-      "methods": ("none", "mbf", "m2bf"), "seeds": (0, 1, 2)
-    },
-  })
-  c.training = ml_collections.ConfigDict({
-    "epochs": 32.0,
-    "learning_rate": 3e-3,
-    "weight_decay": 1e-3,
-    "average_decay": 0.99,
-  })
+  c.arms = ml_collections.ConfigDict(
+    {
+      "patch_unet_50k": {
+        "methods": ("none", "mbf", "m2bf"),
+        "seeds": (0, 1, 2),
+      },
+      "patch_unet_12k": {
+        "methods": ("none", "mbf", "m2bf"),
+        "seeds": (0, 1, 2),
+      },
+    }
+  )
+  c.training = ml_collections.ConfigDict(
+    {
+      "epochs": 32.0,
+      "learning_rate": 3e-3,
+      "weight_decay": 1e-3,
+      "average_decay": 0.99,
+    }
+  )
 
   c.evaluation = ml_collections.ConfigDict()
   c.evaluation.batch_size = 16

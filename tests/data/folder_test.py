@@ -132,6 +132,15 @@ def test_a_file_without_partner_is_named(tmp_path, make_folder, kind, message):
     folder.take_inventory(tmp_path).check()
 
 
+def test_a_folder_with_a_problem_is_not_prepared(tmp_path, make_folder):
+  own = make_folder(tmp_path / "own", NAMES)
+  (own / "masks" / "lesion_7.png").unlink()
+  with pytest.raises(DataError, match="lesion_7: no mask"):
+    pipeline.prepare("folder", data_dir=tmp_path / "data", manual_dir=own)
+  left = [path for path in (tmp_path / "data").rglob("*") if path.is_file()]
+  assert left == []
+
+
 def test_two_files_of_one_stem_and_strangers_are_named(tmp_path, make_folder):
   make_folder(tmp_path, ["a"])
   tiny.write_folder(tmp_path, {"masks/a_mask.png": b"", "images/a.csv": b""})
