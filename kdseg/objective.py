@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kdseg import keys
 from kdseg.losses import boundary
 from kdseg.losses import features
-from kdseg.losses import keys
 from kdseg.losses import logits as logit_losses
 from kdseg.losses import segmentation
 

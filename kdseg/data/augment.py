@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdseg.losses import keys as keys_lib
+from kdseg import keys as keys_lib
 
 Array = jax.Array
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdseg.losses import keys
+from kdseg import keys
 
 Array = jax.Array
 

@@ -25,8 +25,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from kdseg import keys
 from kdseg.losses import boundary
-from kdseg.losses import keys
 from kdseg.losses import reduce
 
 Array = jax.Array

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdseg.losses import keys
+from kdseg import keys
 
 
 def _data(rng):
