@@ -161,8 +161,9 @@ def _outlined(case: Case) -> Image.Image:
   scale = _TILE / max(case.image.shape[:2])
   # Drawn at twice the size and shrunk, so that lines come out smooth.
   size = [max(2, round(2 * scale * side)) for side in case.image.shape[1::-1]]
-  picture = np.asarray(
-    Image.fromarray(case.image).resize(size, Image.Resampling.BICUBIC), float
+  picture = np.array(
+    Image.fromarray(case.image).resize(size, Image.Resampling.BICUBIC),
+    np.float32,
   )
   # The prediction is the thinner line and on top: where both agree, one sees
   # both.
@@ -175,8 +176,9 @@ def _outlined(case: Case) -> Image.Image:
       (radius + rim, (0, 0, 0), 0.55),  # a dark rim, seen on any skin
       (radius, colour, 1.0),
     ):
-      cover = strength * np.clip(reach + 0.5 - distance, 0, 1)[..., None]
-      picture = picture * (1 - cover) + np.array(ink) * cover
+      line = distance < reach + 0.5
+      cover = strength * np.clip(reach + 0.5 - distance[line], 0, 1)[:, None]
+      picture[line] = picture[line] * (1 - cover) + np.array(ink) * cover
   drawn = Image.fromarray(np.round(picture).astype(np.uint8))
   return drawn.resize(
     [max(1, side // 2) for side in size], Image.Resampling.BOX
