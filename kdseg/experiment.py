@@ -689,8 +689,8 @@ def score_arms(
       if (arm, seed, test) in done:
         continue
       network = finished()
-      if arm not in predicts:
-        predicts[arm] = stage.make_predict(network.network)
+      if repr(network.network) not in predicts:
+        predicts[repr(network.network)] = stage.make_predict(network.network)
       is_teacher = arm.startswith(JOINT)
       averaging = (
         config.evaluation.teacher_averaging
@@ -698,7 +698,7 @@ def score_arms(
         else config.evaluation.averaging
       )
       scored = evaluate.score(
-        predicts[arm],
+        predicts[repr(network.network)],
         step_lib.replicate(network.variables),
         arrays,
         batch_size=config.evaluation.batch_size,

@@ -38,6 +38,7 @@ class Training:
 
   Attributes:
     epochs: over the training split.
+    max_steps: in place of the epochs, if above 0.
     learning_rate: the highest.
     optimizer: "adamw" or "sgd".
     schedule: "cosine", "linear" or "constant".
@@ -53,6 +54,7 @@ class Training:
 
   epochs: float
   learning_rate: float
+  max_steps: int = 0
   optimizer: str = "adamw"
   schedule: str = "cosine"
   warmup: float = 0.05
@@ -65,7 +67,9 @@ class Training:
   on_non_finite: str = "stop"
 
   def steps(self, examples: int, batch_size: int) -> int:
-    """Returns how many steps the epochs are."""
+    """Returns how many steps the training takes."""
+    if self.max_steps > 0:
+      return self.max_steps
     return pipeline.steps_for_epochs(self.epochs, batch_size, examples)
 
 
@@ -177,8 +181,10 @@ def train_together(
   predicts: dict[str, Callable[..., Any]] = {}
   arms: dict[str, train.Arm] = {}
   for name, contender in contenders.items():
+    network = repr(contender.network)
+    if network not in predicts:
+      predicts[network] = make_predict(contender.network)
     if contender.kind not in compiled:
-      predicts[contender.kind] = make_predict(contender.network)
       compiled[contender.kind] = step_lib.parallel(
         step_lib.make_train_step(
           contender.network,
@@ -201,7 +207,7 @@ def train_together(
 
   def validate(name: str, variables: Tree) -> float:
     return evaluate.mean_dice(
-      predicts[contenders[name].kind],
+      predicts[repr(contenders[name].network)],
       variables,
       validation,
       batch_size=setting.evaluation_batch_size,

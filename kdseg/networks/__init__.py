@@ -19,7 +19,6 @@ to this.
 from collections.abc import Callable
 from collections.abc import Mapping
 import difflib
-import functools
 from typing import Any
 
 from flax import linen as nn
@@ -60,7 +59,8 @@ def make_network(name: str, **options: Any) -> nn.Module:
 
   Args:
     name: a key of `NETWORKS`.
-    **options: fields of the module; a list becomes a tuple.
+    **options: fields of the module; a list becomes a tuple, and `dtype` can
+      be given by its name.
 
   Raises:
     ValueError: on an unknown name or option, with the nearest known one.
@@ -76,6 +76,8 @@ def make_network(name: str, **options: Any) -> nn.Module:
     for key, value in options.items()
   }
   try:
+    if isinstance(fields.get("dtype"), str):
+      fields["dtype"] = jnp.dtype(fields["dtype"])
     return NETWORKS[name](**fields)
   except TypeError as error:
     raise ValueError(f'options of network "{name}": {error}') from error
@@ -96,7 +98,14 @@ def make_variables(
   Raises:
     ImportError: if published weights are wanted and not installed.
   """
-  variables = dict(_init(network, rng, size))
+  image = jnp.zeros((1, size, size, 3), jnp.float32)
+  # Run once, on next to no data: not worth optimising, which takes the CPU
+  # backend twenty seconds even for a small network.
+  options = {}
+  if jax.default_backend() == "cpu":
+    options = {"xla_backend_optimization_level": 0}
+  draw = jax.jit(network.init, compiler_options=options)
+  variables = dict(draw(rng, image))
   if not weights:
     return variables
   if isinstance(network, vit_unet.ViTUNet):
@@ -112,12 +121,6 @@ def make_variables(
     lite = pretrained.load_efficientnet_lite(network.encoder_variant)
     variables = pretrained.insert(variables, lite)
   return variables
-
-
-@functools.partial(jax.jit, static_argnums=(0, 2))
-def _init(network: nn.Module, rng: jax.Array, size: int) -> dict[str, Any]:
-  """Compiled once a network, however many seeds are drawn."""
-  return network.init(rng, jnp.zeros((1, size, size, 3), jnp.float32))
 
 
 CONVOLUTIONAL_TEACHERS = (
