@@ -319,9 +319,13 @@ def make_teacher(
     functools.partial(network.init, jax.random.key(0)),
     jnp.zeros((1, config.data.size, config.data.size, 3)),
   )
-  encoded = None
+  encoded, validation_encoded = None, None
   untrained = not checkpoint.is_finished(source)
-  if c.precompute and untrained and not c.checkpoint:
+  # A finished teacher's answers are had from its encoder's, too.
+  wanted = untrained or (
+    config.precompute_teacher and name in config.distil_from
+  )
+  if c.precompute and wanted and not c.checkpoint:
     encoded, validation_encoded = _encode(
       name, network, config, workdir, data, c.seed
     )
@@ -344,7 +348,7 @@ def make_teacher(
       validation=data.validation,
       log=log,
       computed={"encoded": encoded} if encoded else None,
-      validation_encoded=validation_encoded if encoded else None,
+      validation_encoded=validation_encoded,
     )
   variables, about = checkpoint.load_variables(source, expected)
   if source != destination and not checkpoint.is_finished(destination):
