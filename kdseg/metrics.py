@@ -294,7 +294,8 @@ def _bounding_box(mask: np.ndarray) -> tuple[slice, slice]:
 
 def _contour(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Gives the boundary's corners [n, 2] and the contour's length at each."""
-  padded = np.pad(mask, 1).view(np.uint8)
+  # Not a view: Pillow hands out bools whose bytes are 255.
+  padded = np.pad(mask, 1).astype(np.uint8)
   code = padded[:-1, :-1] * np.uint8(8)
   code += padded[:-1, 1:] * np.uint8(4)
   code += padded[1:, :-1] * np.uint8(2)

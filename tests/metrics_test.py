@@ -205,6 +205,13 @@ class TestBoundary:
     # Within 2 pixels: all but the 2 far corners, 9 far and 5 near ones.
     assert got["nsd"] == pytest.approx((length - 2 * corner - 9 - 5) / length)
 
+  def test_masks_out_of_pillow_score_as_others_do(self):
+    # Its bools have bytes of 255, equal to True and not to 1 when viewed.
+    one, other = square(30, 2, 3, 9), square(30, 5, 3, 9)
+    pillow = [np.asarray(PIL.Image.fromarray(m)) for m in (one, other)]
+    assert pillow[0].view(np.uint8).max() == 255
+    assert metrics.score(*pillow) == metrics.score(one, other)
+
   def test_equal_masks_are_at_no_distance(self):
     mask = blobs(np.random.default_rng(2), 30, 40)
     got = metrics.score(mask, mask)
