@@ -96,6 +96,12 @@ def compute(
       path.stem: np.load(path, mmap_mode="r+")
       for path in sorted(directory.glob("*.npy"))
     }
+  else:
+    # The answers of another key go with its record: they may have had other
+    # names, and must not be taken for whole if this run is killed.
+    _write_record(record_path, record)
+    for path in directory.glob("*.npy"):
+      path.unlink()
   for number in range(record["done"], len(starts)):
     orientation, start = starts[number]
     batch = orient(images[start : start + batch_size], orientation)
@@ -124,12 +130,16 @@ def compute(
       for file in files.values():
         file.flush()
       record["done"] = number + 1
-      scratch = record_path.with_suffix(".part")
-      scratch.write_text(json.dumps(record))
-      scratch.replace(record_path)
+      _write_record(record_path, record)
     if progress is not None:
       progress(orientation * count + start + len(batch), orientations * count)
   return files
+
+
+def _write_record(path: pathlib.Path, record: Mapping[str, Any]) -> None:
+  scratch = path.with_suffix(".part")
+  scratch.write_text(json.dumps(record))
+  scratch.replace(path)
 
 
 def _padded(array: np.ndarray, length: int) -> np.ndarray:
