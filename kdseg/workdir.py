@@ -45,7 +45,7 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
   Raises:
     WorkdirError: if another process holds it.
   """
-  with open(workdir / ".lock", "w", encoding="utf-8") as file:
+  with open(workdir / ".lock", "a", encoding="utf-8") as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -72,13 +72,16 @@ def adopt_config(
   if path.exists():
     old = json.loads(path.read_text(encoding="utf-8"))
     for key, before, now in differences(old, new):
-      top = key.split(".")[0]
-      if top == "arms" or (top == "methods" and None in (before, now)):
+      top, *inner = key.split(".")
+      whole_method = top == "methods" and len(inner) == 1
+      if top == "arms" or (whole_method and None in (before, now)):
         continue
       raise WorkdirError(
         f"{workdir} holds a run of another config: {key} was {before!r} and "
         f"is {now!r} now; choose another --workdir, or the old value"
       )
+    if old == new:
+      return
   checkpoint.write_json(path, new)
 
 
