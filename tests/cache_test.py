@@ -1,0 +1,186 @@
+import numpy as np
+import pytest
+
+from kdseg import cache
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), np.uint8)
+
+
+def describe(images):
+  """A network in small: one number an image, one map an image."""
+  values = images.astype(np.float32) / 16
+  return {"mean": values.mean((1, 2, 3)), "grid": values[..., 0]}
+
+
+class Interrupted(Exception):
+  pass
+
+
+class Counting:
+  """Calls `function`, and stops for good after `limit` calls."""
+
+  def __init__(self, function=describe, limit=None):
+    self.function = function
+    self.limit = limit
+    self.calls = 0
+
+  def __call__(self, *arguments):
+    if self.calls == self.limit:
+      raise Interrupted
+    self.calls += 1
+    return self.function(*arguments)
+
+
+def compute(function, directory, *, images=IMAGES, key="k", **options):
+  return cache.compute(
+    function, images, directory, batch_size=2, key=key, **options
+  )
+
+
+def test_orientations_are_the_eight_and_all_different():
+  image = np.arange(9).reshape(1, 3, 3)
+  views = {cache.orient(image, o).tobytes() for o in range(8)}
+  assert len(views) == 8
+  np.testing.assert_array_equal(cache.orient(image, 0), image)
+  # A quarter turn against the clock puts the right column on top.
+  np.testing.assert_array_equal(
+    cache.orient(image, 1)[0], [[2, 5, 8], [1, 4, 7], [0, 3, 6]]
+  )
+  np.testing.assert_array_equal(
+    cache.orient(image, 4)[0], [[2, 1, 0], [5, 4, 3], [8, 7, 6]]
+  )
+
+
+@pytest.mark.parametrize("orientation", range(8))
+@pytest.mark.parametrize("shape", [(2, 4, 4), (2, 3, 5, 2)])
+def test_restore_undoes_orient(orientation, shape):
+  array = np.random.default_rng(1).random(shape)
+  there = cache.orient(array, orientation)
+  np.testing.assert_array_equal(
+    cache.restore_orientation(there, orientation), array
+  )
+
+
+@pytest.mark.parametrize("orientation", [-1, 8])
+def test_there_is_no_ninth_orientation(orientation):
+  with pytest.raises(ValueError, match="0 to 7"):
+    cache.orient(IMAGES, orientation)
+
+
+def test_each_example_has_its_own_orientation():
+  orientations = np.array([3, 0, 7, 4, 1])
+  oriented = cache.orient_each(IMAGES, orientations)
+  for image, orientation, view in zip(IMAGES, orientations, oriented):
+    np.testing.assert_array_equal(
+      cache.orient(image[None], orientation)[0], view
+    )
+
+
+def test_draws_hang_on_seed_and_step_and_reach_all_eight():
+  draw = cache.draw_orientations
+  np.testing.assert_array_equal(draw(1, 2, 50), draw(1, 2, 50))
+  assert (draw(1, 2, 50) != draw(1, 3, 50)).any()
+  assert (draw(1, 2, 50) != draw(2, 2, 50)).any()
+  assert set(draw(0, 0, 400)) == set(range(8))
+
+
+def test_answers_are_those_of_each_orientation_without_the_padding(tmp_path):
+  found = compute(describe, tmp_path)
+  for orientation in range(8):
+    expected = describe(cache.orient(IMAGES, orientation))
+    for name, values in expected.items():
+      assert found[name].shape == (8, *values.shape)
+      np.testing.assert_array_equal(
+        found[name][orientation], values.astype(np.float16)
+      )
+
+
+def test_every_call_gets_a_whole_batch_padded_with_zeros(tmp_path):
+  given = []
+
+  def record(images):
+    given.append(images.copy())
+    return describe(images)
+
+  compute(record, tmp_path, orientations=1)
+  assert [len(images) for images in given] == [2, 2, 2]
+  assert not given[-1][1].any()
+  np.testing.assert_array_equal(given[-1][0], IMAGES[4])
+
+
+def test_a_second_call_reads_what_the_first_computed(tmp_path):
+  first = compute(describe, tmp_path)
+  again = Counting()
+  second = compute(again, tmp_path)
+  assert not again.calls
+  for name in first:
+    np.testing.assert_array_equal(first[name], second[name])
+
+
+def test_goes_on_where_it_was_interrupted(tmp_path):
+  # 24 batches in all, recorded as done every 16.
+  with pytest.raises(Interrupted):
+    compute(Counting(limit=20), tmp_path)
+  rest = Counting()
+  found = compute(rest, tmp_path)
+  assert rest.calls == 24 - 16
+  np.testing.assert_array_equal(
+    found["grid"], compute(describe, tmp_path / "whole")["grid"]
+  )
+
+
+def test_another_key_computes_again_and_leaves_nothing_of_the_old(tmp_path):
+  compute(describe, tmp_path, key="old")
+  other = Counting(lambda images: {"mean": describe(images)["mean"] + 1})
+  found = compute(other, tmp_path, key="new")
+  assert other.calls == 24
+  np.testing.assert_array_equal(
+    found["mean"][0], (describe(IMAGES)["mean"] + 1).astype(np.float16)
+  )
+  assert set(compute(other, tmp_path, key="new")) == {"mean"}
+
+
+def test_another_number_of_orientations_computes_again(tmp_path):
+  compute(describe, tmp_path, orientations=1)
+  more = Counting()
+  assert compute(more, tmp_path, orientations=2)["mean"].shape == (2, 5)
+  assert more.calls == 6
+
+
+@pytest.mark.parametrize("limit", [3, 18])
+def test_what_another_key_left_half_done_is_nobodys(tmp_path, limit):
+  compute(describe, tmp_path, key="old")
+  with pytest.raises(Interrupted):
+    compute(
+      Counting(lambda images: {"mean": images.mean((1, 2, 3)) + 1}, limit),
+      tmp_path,
+      key="new",
+    )
+  again = Counting()
+  found = compute(again, tmp_path, key="old")
+  assert again.calls == 24
+  np.testing.assert_array_equal(
+    found["mean"][0], describe(IMAGES)["mean"].astype(np.float16)
+  )
+
+
+def test_extra_arrays_come_with_their_example_and_orientation(tmp_path):
+  extra = {"code": np.arange(2 * 5).reshape(2, 5).astype(np.float32)}
+
+  def both(images, given):
+    assert set(given) == {"code"}
+    return {"code": given["code"], "mean": describe(images)["mean"]}
+
+  found = compute(both, tmp_path, orientations=2, extra=extra)
+  np.testing.assert_array_equal(found["code"], extra["code"])
+
+
+def test_progress_counts_images_up_to_all(tmp_path):
+  told = []
+  compute(
+    describe,
+    tmp_path,
+    orientations=2,
+    progress=lambda *pair: told.append(pair),
+  )
+  assert told == [(2, 10), (4, 10), (5, 10), (7, 10), (9, 10), (10, 10)]

@@ -1,0 +1,138 @@
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import ml_collections
+import pytest
+
+from kdseg import workdir as workdir_lib
+
+HOLD = """
+import fcntl, sys
+with open(sys.argv[1], "a") as file:
+  fcntl.flock(file, fcntl.LOCK_EX)
+  print("held", flush=True)
+  sys.stdin.read()
+"""
+
+
+def make_config(**changes):
+  config = ml_collections.ConfigDict(
+    {
+      "seed": 0,
+      "training": {"epochs": 2.0, "learning_rate": 0.1},
+      "methods": {"none": {}, "mbf": {"terms": {"mbf": 1.0}}},
+      "arms": {"patch_unet": {"methods": ("none",), "seeds": (0, 1)}},
+    }
+  )
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+def test_one_process_at_a_time(tmp_path):
+  other = subprocess.Popen(
+    [sys.executable, "-c", HOLD, str(tmp_path / ".lock")],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+  )
+  with other:
+    assert other.stdout.readline() == b"held\n"
+    refusal = pytest.raises(workdir_lib.WorkdirError, match="another process")
+    with refusal as error, workdir_lib.locked(tmp_path):
+      pass
+    assert str(tmp_path) in str(error.value)
+    other.stdin.close()
+  with workdir_lib.locked(tmp_path):
+    pass
+
+
+def test_a_lock_is_given_back_after_an_error(tmp_path):
+  with pytest.raises(KeyError), workdir_lib.locked(tmp_path):
+    raise KeyError
+  with workdir_lib.locked(tmp_path):
+    pass
+
+
+def test_the_config_is_written_and_read_as_the_same(tmp_path):
+  workdir_lib.adopt_config(make_config(), tmp_path)
+  path = tmp_path / "config.json"
+  assert json.loads(path.read_text())["training"]["epochs"] == 2.0
+  before = path.stat().st_mtime_ns, path.read_bytes()
+  workdir_lib.adopt_config(make_config(), tmp_path)
+  assert (path.stat().st_mtime_ns, path.read_bytes()) == before
+
+
+def test_another_value_is_refused_by_its_key(tmp_path):
+  workdir_lib.adopt_config(make_config(), tmp_path)
+  old = (tmp_path / "config.json").read_bytes()
+  other = make_config(**{"training.learning_rate": 0.2})
+  with pytest.raises(workdir_lib.WorkdirError) as error:
+    workdir_lib.adopt_config(other, tmp_path)
+  assert "training.learning_rate was 0.1 and is 0.2 now" in str(error.value)
+  assert (tmp_path / "config.json").read_bytes() == old
+
+
+def test_a_methods_switch_is_refused_where_it_is_in_use(tmp_path):
+  workdir_lib.adopt_config(make_config(), tmp_path)
+  other = make_config(**{"methods.mbf.terms.mbf": 2.0})
+  with pytest.raises(workdir_lib.WorkdirError, match=r"methods\.mbf\.terms"):
+    workdir_lib.adopt_config(other, tmp_path)
+
+
+def test_a_method_does_not_change_by_gaining_a_switch(tmp_path):
+  workdir_lib.adopt_config(make_config(), tmp_path)
+  other = make_config()
+  other.methods.mbf.heads = 2
+  with pytest.raises(workdir_lib.WorkdirError, match=r"methods\.mbf\.heads"):
+    workdir_lib.adopt_config(other, tmp_path)
+
+
+def test_arms_and_methods_may_be_added(tmp_path):
+  workdir_lib.adopt_config(make_config(), tmp_path)
+  more = make_config()
+  more.methods.kd = {"terms": {"kd": 1.0}}
+  more.arms.enet = {"methods": ("none", "kd"), "seeds": (0,)}
+  more.arms.patch_unet.seeds = (0, 1, 2)
+  workdir_lib.adopt_config(more, tmp_path)
+  written = json.loads((tmp_path / "config.json").read_text())
+  assert set(written["arms"]) == {"patch_unet", "enet"}
+  assert written["arms"]["patch_unet"]["seeds"] == [0, 1, 2]
+
+
+def test_differences_name_nested_keys():
+  old = {"a": {"b": 1, "c": 2}, "d": [1]}
+  new = {"a": {"b": 1, "c": 3}, "d": [1, 2], "e": 0}
+  assert workdir_lib.differences(old, new) == [
+    ("a.c", 2, 3),
+    ("d", [1], [1, 2]),
+    ("e", None, 0),
+  ]
+  assert workdir_lib.differences(old, old) == []
+
+
+def test_the_environment_says_what_the_numbers_were_made_with(
+  tmp_path, monkeypatch
+):
+  command = "/home/somebody/kdseg/main.py"
+  monkeypatch.setattr(sys, "argv", [command, "--workdir", "runs/x"])
+  workdir_lib.write_environment(tmp_path, {"train": {"sha256": "abc"}})
+  found = json.loads((tmp_path / "environment.json").read_text())
+  assert found["versions"]["jax"] == jax.__version__
+  assert found["versions"].keys() >= {"flax", "optax", "numpy"}
+  assert len(found["devices"]) == 4
+  assert found["data"] == {"train": {"sha256": "abc"}}
+  # Nobody's home folder goes into a record that is published.
+  assert found["argv"] == ["main.py", "--workdir", "runs/x"]
+
+
+def test_the_commit_is_the_packages_own(monkeypatch, tmp_path):
+  here = workdir_lib.commit()
+  monkeypatch.chdir(tmp_path)
+  assert workdir_lib.commit() == here
+
+
+def test_no_commit_is_known_without_git(monkeypatch):
+  monkeypatch.setenv("PATH", str(pathlib.Path("/nowhere")))
+  assert workdir_lib.commit() == ""
