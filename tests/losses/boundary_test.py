@@ -143,6 +143,16 @@ class GridTest(chex.TestCase):
     grid = self.variant(lambda x: boundary.to_grid(x, height, width))(mask)
     np.testing.assert_array_equal(grid, _slow_grid(mask, height, width))
 
+  def test_neither_band_nor_grid_carries_a_gradient(self):
+    noise = jax.random.uniform(jax.random.key(0), (1, 8, 8))
+    for name, marks in (
+      ("band", lambda x: boundary.boundary_band(x, radius=1)),
+      ("grid", lambda x: boundary.to_grid(x, 4, 4)),
+    ):
+      with self.subTest(name):
+        slope = jax.grad(lambda x, marks=marks: jnp.sum(marks(x)))(noise)
+        np.testing.assert_array_equal(slope, 0)
+
   def test_one_pixel_marks_its_cell(self):
     mask = jnp.zeros((1, 16, 16)).at[0, 3, 8].set(1)
     grid = boundary.to_grid(mask, 4, 4)

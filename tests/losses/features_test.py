@@ -320,6 +320,12 @@ class MbfTest(chex.TestCase):
       _mean_squares(STUDENT, TEACHER / std),
       rtol=1e-6,
     )
+    slope = jax.grad(
+      lambda d: jnp.sum(
+        features.fitnet(STUDENT, TEACHER, normalise="std", teacher_std=d)
+      )
+    )(std)
+    np.testing.assert_array_equal(slope, 0)
 
   def test_l2_compares_directions(self):
     # Unit vectors at a right angle differ by 2 in squared length; half that in
