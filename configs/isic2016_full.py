@@ -1,0 +1,99 @@
+r"""ISIC-2016 with fine-tuned teachers and nothing computed before: for a GPU.
+
+Command:
+  python -m kdseg.main --config configs/isic2016_full.py \
+  --workdir runs/isic2016_full \
+  --config.data.manual_dir FOLDER_WITH_THE_OFFICIAL_ARCHIVES
+
+Three teachers, each fine-tuned whole (a ViT-S/14, U-Net++ and DeepLabV3+ on
+EfficientNet-Lite2), teach together: their mean probability, their features
+side by side. Students of four sizes see all of the augmentation, and every
+batch is put to the teachers. Needs the extras `pretrained` and `teacher-vit`.
+Not run to its end yet: no score is known.
+"""
+
+import ml_collections
+
+TAPS = ("decoder_low", "decoder_high")
+
+
+def _teacher(network: str, **options) -> ml_collections.ConfigDict:
+  return ml_collections.ConfigDict(
+    {
+      "network": network,
+      "options": options,
+      "seed": 0,
+      "checkpoint": "",
+      "precompute": False,
+      "training": {
+        "epochs": 40.0,
+        "learning_rate": 1e-3,
+        "weight_decay": 1e-2,
+        "encoder_scale": 0.1,
+        "average_decay": 0.995,
+      },
+    }
+  )
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Returns the config."""
+  c = ml_collections.ConfigDict()
+  c.seed = 0
+  c.log_every = 50
+
+  c.data = ml_collections.ConfigDict()
+  c.data.name = "isic2016"
+  c.data.tests = ("isic2016", "ph2")
+  c.data.size = 256
+  c.data.batch_size = 16
+  c.data.manual_dir = ""
+  c.data.data_dir = ""
+  c.data.options = {}
+
+  c.augment = ml_collections.ConfigDict()
+  c.segmentation = ml_collections.ConfigDict({"bce": 1.0, "dice": 1.0})
+  c.encoder_weights = True
+
+  c.teachers = ml_collections.ConfigDict(
+    {
+      "teacher_vit": _teacher("vit_unet", trained_from=0, dropout=0.1),
+      "teacher_unetpp": _teacher("unetpp"),
+      "teacher_deeplab": _teacher("deeplab"),
+    }
+  )
+  c.distil_from = ("teacher_vit", "teacher_unetpp", "teacher_deeplab")
+  c.precompute_teacher = False
+  c.taught_channels = 64
+
+  c.methods = ml_collections.ConfigDict(
+    {
+      "none": {},
+      "mbf": {"terms": {"mbf": 1.0}, "taps": TAPS},
+      "m2bf": {"terms": {"m2bf": 1.0}, "heads": 3, "taps": TAPS},
+    }
+  )
+  c.students = ml_collections.ConfigDict({"lite_unet": {"stages": 4}})
+  every = {"methods": ("none", "mbf", "m2bf"), "seeds": (0, 1, 2)}
+  c.arms = ml_collections.ConfigDict(
+    {
+      "patch_unet_50k": every,
+      "patch_unet_12k": every,
+      "lite_unet": every,
+      "enet": every,
+    }
+  )
+  c.training = ml_collections.ConfigDict(
+    {
+      "epochs": 100.0,
+      "learning_rate": 3e-3,
+      "weight_decay": 1e-3,
+      "average_decay": 0.995,
+    }
+  )
+
+  c.evaluation = ml_collections.ConfigDict()
+  c.evaluation.batch_size = 16
+  c.evaluation.averaging = "none"
+  c.evaluation.teacher_averaging = "none"
+  return c
