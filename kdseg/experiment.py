@@ -8,9 +8,9 @@ a second start continues the first, and a third finds nothing to do.
 from collections.abc import Callable
 from collections.abc import Mapping
 import dataclasses
-import difflib
 import functools
 import hashlib
+import inspect
 import json
 import logging
 import pathlib
@@ -26,6 +26,7 @@ from PIL import Image
 
 from kdseg import cache
 from kdseg import checkpoint
+from kdseg import choices
 from kdseg import evaluate
 from kdseg import metrics
 from kdseg import networks
@@ -34,6 +35,7 @@ from kdseg import stage
 from kdseg import step as step_lib
 from kdseg import train
 from kdseg import workdir as workdir_lib
+from kdseg.data import augment as augment_lib
 from kdseg.data import pipeline
 from kdseg.networks.teachers import ensemble
 from kdseg.report import overlays
@@ -119,6 +121,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> bool:
     for name, options in config.methods.items()
   }
   _check_teachers(config)
+  _check_names(config, plans)
   workdir.mkdir(parents=True, exist_ok=True)
   with workdir_lib.locked(workdir):
     workdir_lib.adopt_config(config, workdir)
@@ -183,6 +186,24 @@ def _check_teachers(config: ml_collections.ConfigDict) -> None:
       )
 
 
+def _check_names(config: ml_collections.ConfigDict, plans: list[Plan]) -> None:
+  """Raises ValueError on a name that would only fail after hours."""
+  options = inspect.signature(augment_lib.augment).parameters.values()
+  known = [o.name for o in options if o.kind is o.KEYWORD_ONLY]
+  choices.check_known("augmentation", config.augment, known)
+  choices.check_known(
+    "averaging",
+    [config.evaluation.averaging, config.evaluation.teacher_averaging],
+    evaluate.AVERAGING,
+  )
+  make_training(dict(config.training))
+  for teacher in config.teachers.values():
+    make_training(dict(teacher.training))
+    networks.make_network(teacher.network, **dict(teacher.options))
+  for student in {plan.student for plan in plans}:
+    networks.make_network(student, **dict(config.students.get(student, {})))
+
+
 def load_data(config: ml_collections.ConfigDict) -> Data:
   """Reads every split that the config names.
 
@@ -193,11 +214,7 @@ def load_data(config: ml_collections.ConfigDict) -> Data:
   c = config.data
   if c.size % 32:
     raise ValueError(f"data.size must be divisible by 32, not {c.size}")
-  for name in (c.name, *c.tests):
-    if name not in TEST_NAMES:
-      raise ValueError(
-        f'data: no data set "{name}"; known: {", ".join(TEST_NAMES)}'
-      )
+  choices.check_known("data set", (c.name, *c.tests), TEST_NAMES)
 
   def load(name: str, split: str) -> pipeline.Arrays:
     arrays = pipeline.load(
@@ -285,11 +302,7 @@ def make_training(options: Mapping[str, Any]) -> stage.Training:
     ValueError: on an unknown key, with the nearest known one.
   """
   known = [field.name for field in dataclasses.fields(stage.Training)]
-  for name in options:
-    if name not in known:
-      near = difflib.get_close_matches(name, known, n=1)
-      hint = f'; did you mean "{near[0]}"?' if near else ""
-      raise ValueError(f'unknown key of a training: "{name}"{hint}')
+  choices.check_known("key of a training", options, known)
   return stage.Training(**options)
 
 

@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from collections.abc import Mapping
 import dataclasses
-import difflib
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from kdseg import choices
 from kdseg import keys
 from kdseg.losses import boundary
 from kdseg.losses import features
@@ -146,11 +146,7 @@ def make_method(options: Mapping[str, Any]) -> Method:
     ValueError: on an unknown switch, with the nearest known one.
   """
   known = [field.name for field in dataclasses.fields(Method)]
-  for name in options:
-    if name not in known:
-      near = difflib.get_close_matches(name, known, n=1)
-      hint = f'; did you mean "{near[0]}"?' if near else ""
-      raise ValueError(f'unknown switch of a method: "{name}"{hint}')
+  choices.check_known("switch of a method", options, known)
   return Method(
     **{
       name: tuple(value) if isinstance(value, list) else value

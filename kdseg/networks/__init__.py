@@ -18,13 +18,13 @@ to this.
 
 from collections.abc import Callable
 from collections.abc import Mapping
-import difflib
 from typing import Any
 
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from kdseg import choices
 from kdseg.networks.cost import count_macs as count_macs
 from kdseg.networks.encoders import pretrained
 from kdseg.networks.encoders import vit_weights
@@ -65,12 +65,7 @@ def make_network(name: str, **options: Any) -> nn.Module:
   Raises:
     ValueError: on an unknown name or option, with the nearest known one.
   """
-  if name not in NETWORKS:
-    near = difflib.get_close_matches(name, NETWORKS, n=1)
-    hint = f'; did you mean "{near[0]}"?' if near else ""
-    raise ValueError(
-      f'unknown network "{name}"{hint}; known: {", ".join(NETWORKS)}'
-    )
+  choices.check_known("network", [name], NETWORKS)
   fields = {
     key: tuple(value) if isinstance(value, list) else value
     for key, value in options.items()
