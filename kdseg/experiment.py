@@ -785,12 +785,12 @@ def _describe_protocol(
       if is_teacher
       else config.students.get(about["network"], {})
     )
-    if about["network"] not in macs:
-      network = networks.make_network(about["network"], **dict(options))
-      macs[about["network"]] = networks.count_macs(network, size=size)
+    network = networks.make_network(about["network"], **dict(options))
+    if repr(network) not in macs:
+      macs[repr(network)] = networks.count_macs(network, size=size)
     arms[arm] = {
       "parameters": about["parameters"],
-      "macs": macs[about["network"]],
+      "macs": macs[repr(network)],
     }
   if len(config.distil_from) > 1:
     parts = [arms[name] for name in config.distil_from]
