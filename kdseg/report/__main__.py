@@ -19,6 +19,9 @@ from kdseg.report import tables
 def main(argv: Sequence[str] | None = None) -> int:
   """Reads scores.csv and report.json, writes table.md, .csv and .tex.
 
+  A folder of its own for them gets the joined scores.csv and report.json too,
+  so that it can be rebuilt or joined in its turn.
+
   Args:
     argv: the arguments after the command's name; those of the process if
       None.
@@ -48,6 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows, meta = _load(args.workdir)
     texts = tables.make_tables(rows, meta)
     out.mkdir(parents=True, exist_ok=True)
+    if all(out.resolve() != folder.resolve() for folder in args.workdir):
+      scores.write(out / "scores.csv", rows)
+      text = json.dumps(meta, indent=2, sort_keys=True) + "\n"
+      texts = {"report.json": text, **texts}
+      print(out / "scores.csv")
     for name, text in texts.items():
       (out / name).write_text(text, "utf-8", "backslashreplace", "\n")
       print(out / name)
