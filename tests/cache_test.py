@@ -12,7 +12,7 @@ def describe(images):
   return {"mean": values.mean((1, 2, 3)), "grid": values[..., 0]}
 
 
-class Interrupted(Exception):
+class InterruptionError(Exception):
   pass
 
 
@@ -26,7 +26,7 @@ class Counting:
 
   def __call__(self, *arguments):
     if self.calls == self.limit:
-      raise Interrupted
+      raise InterruptionError
     self.calls += 1
     return self.function(*arguments)
 
@@ -119,7 +119,7 @@ def test_a_second_call_reads_what_the_first_computed(tmp_path):
 
 def test_goes_on_where_it_was_interrupted(tmp_path):
   # 24 batches in all, recorded as done every 16.
-  with pytest.raises(Interrupted):
+  with pytest.raises(InterruptionError):
     compute(Counting(limit=20), tmp_path)
   rest = Counting()
   found = compute(rest, tmp_path)
@@ -150,7 +150,7 @@ def test_another_number_of_orientations_computes_again(tmp_path):
 @pytest.mark.parametrize("limit", [3, 18])
 def test_what_another_key_left_half_done_is_nobodys(tmp_path, limit):
   compute(describe, tmp_path, key="old")
-  with pytest.raises(Interrupted):
+  with pytest.raises(InterruptionError):
     compute(
       Counting(lambda images: {"mean": images.mean((1, 2, 3)) + 1}, limit),
       tmp_path,

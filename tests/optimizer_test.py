@@ -58,7 +58,7 @@ def test_a_warm_up_has_to_end_before_the_training(warmup):
 
 
 def test_an_unknown_schedule_is_answered_with_the_known():
-  with pytest.raises(ValueError, match="constant.*cosine.*linear.*'step'"):
+  with pytest.raises(ValueError, match=r"constant.*cosine.*linear.*'step'"):
     optimizer.make_schedule(peak=1.0, steps=10, kind="step")
 
 
@@ -139,5 +139,5 @@ def test_negative_numbers_are_refused(option):
 
 
 def test_an_unknown_rule_is_answered_with_the_known():
-  with pytest.raises(ValueError, match="adamw.*sgd.*'lion'"):
+  with pytest.raises(ValueError, match=r"adamw.*sgd.*'lion'"):
     updates(ONES, name="lion")

@@ -1,0 +1,388 @@
+"""How terms are named, weighed and added; and that every switch can be run."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from kdseg import objective
+from kdseg.losses import boundary
+from kdseg.losses import segmentation
+
+BATCH = 2
+
+
+def make_method(term="mbf", **switches):
+  return objective.Method(terms={term: 1.0}, **switches)
+
+
+@functools.cache
+def _answers():
+  """What a student and a teacher make of two images; the labels."""
+  images, masks = tiny.draw_lesions(BATCH)
+  image = jnp.asarray(images) / 255.0
+  outs = []
+  for seed, channels in ((0, 3), (1, 5)):
+    network = tiny.Network(channels)
+    variables = network.init(jax.random.key(seed), image)
+    outs.append(network.apply(variables, image))
+  return (*outs, jnp.asarray(masks, jnp.float32))
+
+
+def distil(method, *, seed=0, module=None, params=None, **changes):
+  """The terms of `method`, with its own distiller unless one is given."""
+  out, taught, labels = _answers()
+  if module is None:
+    module, params = tiny.make_distiller(method)
+  given = {"out": out, "taught": taught, "labels": labels, **changes}
+  return objective.distillation_terms(
+    given["out"],
+    given["taught"],
+    given["labels"],
+    jax.random.key(seed),
+    method=method,
+    distiller=functools.partial(module.apply, {"params": params}),
+    teacher_std=given.get("teacher_std"),
+  )
+
+
+# ------------------------------------------------------------------- switches
+
+
+def test_a_misspelt_switch_is_answered_with_the_nearest():
+  with pytest.raises(
+    ValueError, match=r'"mask_ration".*did you mean "mask_rat'
+  ):
+    objective.make_method({"mask_ration": 0.5})
+
+
+def test_a_switch_like_no_other_is_refused_without_a_guess():
+  with pytest.raises(ValueError, match=r'switch of a method "zzz"\.'):
+    objective.make_method({"zzz": 1})
+
+
+def test_lists_of_a_config_become_tuples():
+  assert objective.make_method({"taps": ["low"]}).taps == ("low",)
+
+
+@pytest.mark.parametrize(
+  ("switches", "message"),
+  [
+    ({"terms": {"mbff": 1.0}}, "unknown distillation term 'mbff'; known: mbf"),
+    ({"terms": {"mbf": 0.0}}, "leave the term out"),
+    ({"terms": {"mbf": float("nan")}}, "must be positive"),
+    ({"terms": {"mbf": 1.0, "m2bf": 1.0}}, "choose one"),
+    ({"terms": {"mgd": 1.0, "m2bf": 1.0}}, "choose one"),
+    ({"region": "edge"}, "region must be one of gt_band"),
+    ({"loss_region": "edge"}, "loss_region must be one of all"),
+    ({"normalise": "max"}, "normalise must be one of none"),
+    ({"generator": "mlp"}, "generator must be one of c3rc3"),
+    ({"topology": "tree"}, "topology must be one of cascade"),
+    ({"head_input": "both"}, "head_input must be one of generated"),
+    ({"head_weights": "first"}, "head_weights must be one of uniform"),
+    ({"band_schedule": "up"}, "band_schedule must be one of const"),
+    ({"ratio_schedule": "up"}, "ratio_schedule must be one of const"),
+    ({"balance": "auto"}, "balance must be one of calibrate"),
+    ({"mask_ratio": 1.1}, r"shares in \[0, 1\]"),
+    ({"ratio_outside": -0.1}, r"shares in \[0, 1\]"),
+    ({"heads": 0}, "start at 1"),
+    ({"granularity": 0}, "start at 1"),
+    ({"radius": -1.0}, "radius at 0"),
+  ],
+)
+def test_a_value_that_means_nothing_is_refused(switches, message):
+  with pytest.raises(ValueError, match=message):
+    objective.make_method(switches)
+
+
+@pytest.mark.parametrize(
+  ("terms", "heads", "expected"),
+  [
+    ({}, 3, 0),
+    ({"kd": 1.0, "fitnet": 1.0}, 3, 0),
+    ({"mbf": 1.0}, 3, 1),
+    ({"mgd": 1.0}, 3, 1),
+    ({"m2bf": 1.0}, 3, 3),
+  ],
+)
+def test_as_many_generators_as_the_terms_use(terms, heads, expected):
+  assert objective.Method(terms=terms, heads=heads).generator_heads == expected
+
+
+# ---------------------------------------------------------------------- names
+
+
+def test_feature_terms_are_named_by_tap_and_logit_terms_are_whole():
+  method = objective.Method(
+    terms={"mbf": 1.0, "fitnet": 1.0, "kd": 1.0, "cwd": 1.0}
+  )
+  assert objective.term_names(method) == {
+    "mbf": ("mbf_low", "mbf_high"),
+    "fitnet": ("fitnet_low", "fitnet_high"),
+    "kd": ("kd",),
+    "cwd": ("cwd",),
+  }
+  assert objective.balanced_names(method) == (
+    "mbf_low",
+    "mbf_high",
+    "fitnet_low",
+    "fitnet_high",
+  )
+
+
+def test_nothing_is_calibrated_with_a_fixed_balance():
+  assert objective.balanced_names(make_method(balance="fixed")) == ()
+
+
+def test_the_scales_of_a_multiscale_cascade_are_one_term():
+  method = make_method("m2bf", topology="multiscale")
+  assert objective.term_names(method) == {"m2bf": ("m2bf",)}
+
+
+# ----------------------------------------------------------------- task losses
+
+
+def test_the_task_is_the_weighted_sum_of_batch_means():
+  out, _, labels = _answers()
+  weights = {"bce": 0.5, "dice": 2.0, "focal": 3.0}
+  total, parts = objective.segmentation_loss(out["logits"], labels, weights)
+  by_hand = {
+    "bce": segmentation.bce(out["logits"], labels).mean(),
+    "dice": segmentation.soft_dice(out["logits"], labels).mean(),
+    "focal": segmentation.focal(out["logits"], labels).mean(),
+  }
+  assert parts.keys() == by_hand.keys()
+  for name, value in by_hand.items():
+    np.testing.assert_allclose(parts[name], value, rtol=1e-6)
+  expected = sum(weights[name] * by_hand[name] for name in weights)
+  np.testing.assert_allclose(total, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("weights", [{}, {"bce": 1.0, "jaccard": 1.0}])
+def test_an_unknown_or_missing_task_is_answered_with_the_known(weights):
+  with pytest.raises(ValueError, match=r"bce.*dice.*focal"):
+    objective.segmentation_loss(jnp.zeros((1, 2, 2)), jnp.zeros((1, 2, 2)),
+                                weights)  # fmt: skip
+
+
+# --------------------------------------------------------------- distillation
+
+SWITCHES = [
+  *({"region": region} for region in boundary.REGIONS),
+  *({"generator": g} for g in ("c3rc3_norm", "dwconv", "1x1", "identity")),
+  *({"normalise": n} for n in ("std", "l2")),
+  *({"loss_region": r} for r in ("band", "band_weighted")),
+  {"granularity": 2},
+  {"ratio_outside": 0.3},
+  {"generator_width": 2},
+  {"taps": ("s16", "low")},
+  {"term": "mgd"},
+  {"term": "fitnet"},
+  {"term": "kd"},
+  {"term": "cwd"},
+  *({"term": "m2bf", "topology": t} for t in ("cascade", "parallel")),
+  # The deepest tap comes first.
+  {"term": "m2bf", "topology": "multiscale", "taps": ("high", "low")},
+  {"term": "m2bf", "head_input": "residual"},
+  {"term": "m2bf", "share_generators": True},
+  *({"term": "m2bf", "head_weights": w} for w in ("last", "geometric")),
+  *({"term": "m2bf", "band_schedule": s} for s in ("narrowing", "widening")),
+  {"term": "m2bf", "ratio_schedule": "increasing"},
+]
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=str)
+def test_every_switch_runs_and_teaches_the_student(switches):
+  out, taught, _ = _answers()
+  method = make_method(**switches)
+  module, params = tiny.make_distiller(method)
+  deviations = {tap: jnp.full(taught[tap].shape[-1], 2.0) for tap in taught
+                if tap != "logits"}  # fmt: skip
+
+  def total(out, params):
+    terms = distil(
+      method, module=module, params=params, out=out, teacher_std=deviations
+    )
+    names = objective.term_names(method)
+    assert set(terms) == {n for term in names.values() for n in term}
+    assert all(term.shape == () for term in terms.values())
+    assert all(term.dtype == jnp.float32 for term in terms.values())
+    return sum(terms.values())
+
+  value, (by_out, by_params) = jax.value_and_grad(total, (0, 1))(out, params)
+  assert np.isfinite(value)
+  assert value > 0
+  for leaf in jax.tree.leaves((by_out, by_params)):
+    assert np.isfinite(leaf).all()
+  wanted = ("logits",) if method.terms.keys() & {"kd", "cwd"} else method.taps
+  for name in wanted:
+    assert by_out[name].any(), f"no gradient reaches {name}"
+
+
+def test_hiding_everywhere_is_mgd():
+  mbf = make_method("mbf", region="all")
+  module, params = tiny.make_distiller(mbf)
+  given = {"module": module, "params": params}
+  hidden = distil(mbf, **given)
+  whole = distil(make_method("mgd"), **given)
+  for tap in mbf.taps:
+    np.testing.assert_allclose(
+      hidden[f"mbf_{tap}"], whole[f"mgd_{tap}"], rtol=1e-6
+    )
+
+
+def test_m2bf_with_one_head_is_mbf():
+  mbf, m2bf = make_method("mbf"), make_method("m2bf", heads=1)
+  module, params = tiny.make_distiller(mbf)
+  given = {"module": module, "params": params}
+  one, other = distil(mbf, **given), distil(m2bf, **given)
+  for tap in mbf.taps:
+    np.testing.assert_allclose(
+      one[f"mbf_{tap}"], other[f"m2bf_{tap}"], rtol=1e-6
+    )
+
+
+def test_hiding_nothing_before_no_generator_is_fitnet():
+  mbf = make_method("mbf", mask_ratio=0.0, generator="identity")
+  module, params = tiny.make_distiller(mbf)
+  given = {"module": module, "params": params}
+  one, other = distil(mbf, **given), distil(make_method("fitnet"), **given)
+  for tap in mbf.taps:
+    np.testing.assert_allclose(
+      one[f"mbf_{tap}"], other[f"fitnet_{tap}"], rtol=1e-6
+    )
+
+
+def test_the_key_decides_what_is_hidden_and_nothing_else():
+  method = make_method("mbf", taps=("low",))
+  module, params = tiny.make_distiller(method)
+  at = functools.partial(distil, method, module=module, params=params)
+  assert at(seed=1) == at(seed=1)
+  assert at(seed=1) != at(seed=2)
+  still = make_method("mbf", taps=("low",), mask_ratio=0.0)
+  at = functools.partial(distil, still, module=module, params=params)
+  assert at(seed=1) == at(seed=2)
+
+
+@pytest.mark.parametrize(
+  "region", ["gt_band", "teacher_band", "union", "disagreement"]
+)
+def test_the_teacher_gets_no_gradient(region):
+  _, taught, _ = _answers()
+  terms = {"mbf": 1.0, "fitnet": 1.0, "kd": 1.0, "cwd": 1.0}
+  method = objective.Method(terms=terms, taps=("low",), region=region)
+  module, params = tiny.make_distiller(method)
+  gradient = jax.grad(
+    lambda taught: sum(
+      distil(method, module=module, params=params, taught=taught).values()
+    )
+  )(taught)
+  assert not any(leaf.any() for leaf in jax.tree.leaves(gradient))
+
+
+def test_a_term_that_is_not_asked_for_is_not_computed():
+  out, taught, labels = _answers()
+
+  def unwanted(*arguments, **options):
+    raise AssertionError("the distiller was called")
+
+  terms = objective.distillation_terms(
+    {"logits": out["logits"]},
+    {"logits": taught["logits"]},
+    labels,
+    jax.random.key(0),
+    method=make_method("kd"),
+    distiller=unwanted,
+  )
+  assert set(terms) == {"kd"}
+
+
+# -------------------------------------------------------------------- balance
+
+
+def sums(**values):
+  return {name: jnp.asarray(value) for name, value in values.items()}
+
+
+def test_sums_grow_until_the_calibration_ends():
+  balance = sums(task=0.0, count=0.0, mbf_low=0.0)
+  for step, (task, term) in enumerate([(2.0, 0.5), (4.0, 0.25), (9.0, 9.0)]):
+    balance = objective.update_balance(
+      balance,
+      jnp.asarray(task),
+      sums(mbf_low=term, kd=7.0),
+      jnp.asarray(step),
+      calibration_steps=2,
+    )
+  assert balance == {"task": 6.0, "count": 2.0, "mbf_low": 0.75}
+
+
+def test_no_gradient_goes_through_the_balance():
+  def weight(values):
+    balance = objective.update_balance(
+      sums(task=1.0, count=1.0, mbf_low=1.0),
+      values["task"],
+      {"mbf_low": values["mbf_low"]},
+      jnp.asarray(0),
+      calibration_steps=2,
+    )
+    return balance["task"] / balance["mbf_low"]
+
+  gradient = jax.grad(weight)(sums(task=3.0, mbf_low=2.0))
+  assert gradient == {"task": 0.0, "mbf_low": 0.0}
+
+
+@pytest.mark.parametrize(
+  ("step", "fade"), [(0, 0.2), (1, 0.4), (4, 1.0), (9, 1.0)]
+)
+def test_terms_are_faded_in_and_calibrated(step, fade):
+  # Over the first half of 10 steps. Means so far: task 6 / 3 = 2, term
+  # 1.5 / 3 = 0.5, so alpha is 4; logit terms are taken as they are.
+  method = objective.Method(
+    terms={"fitnet": 2.0, "kd": 0.5}, taps=("low",), warmup=0.5
+  )
+  total, weights = objective.total_loss(
+    jnp.asarray(1.5),
+    sums(fitnet_low=0.3, kd=0.8),
+    sums(task=6.0, count=3.0, fitnet_low=1.5),
+    jnp.asarray(step),
+    method=method,
+    steps=10,
+  )
+  np.testing.assert_allclose(weights["fitnet_low"], fade * 2 * 4, rtol=1e-6)
+  np.testing.assert_allclose(weights["kd"], fade * 0.5, rtol=1e-6)
+  np.testing.assert_allclose(
+    total, 1.5 + fade * (2 * 4 * 0.3 + 0.5 * 0.8), rtol=1e-6
+  )
+
+
+def test_a_fixed_balance_without_warm_up_takes_the_weights_as_they_are():
+  method = objective.Method(
+    terms={"fitnet": 2.0}, taps=("low",), warmup=0.0, balance="fixed"
+  )
+  total, weights = objective.total_loss(
+    jnp.asarray(1.5),
+    sums(fitnet_low=0.3),
+    sums(task=6.0, count=3.0),
+    jnp.asarray(0),
+    method=method,
+    steps=10,
+  )
+  assert weights == {"fitnet_low": 2.0}
+  np.testing.assert_allclose(total, 1.5 + 2 * 0.3, rtol=1e-6)
+
+
+def test_a_term_of_zero_stays_finite():
+  method = objective.Method(terms={"fitnet": 1.0}, taps=("low",), warmup=0.0)
+  total, _ = objective.total_loss(
+    jnp.asarray(1.5),
+    sums(fitnet_low=0.0),
+    sums(task=1.5, count=1.0, fitnet_low=0.0),
+    jnp.asarray(0),
+    method=method,
+    steps=10,
+  )
+  np.testing.assert_allclose(total, 1.5)

@@ -1,0 +1,97 @@
+"""The smallest networks that keep the contract, and drawn data for them."""
+
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kdseg.networks import distiller as distiller_lib
+
+SIDE = 32
+
+
+class Encoder(nn.Module):
+  """Pools to strides 4, 8 and 16, and mixes channels after each."""
+
+  channels: int
+  dtype: Any
+  axis_name: str | None
+
+  @nn.compact
+  def __call__(self, image, train):
+    maps = []
+    x = nn.avg_pool((image - 0.5).astype(self.dtype), (2, 2), (2, 2))
+    for i in range(3):
+      x = nn.avg_pool(x, (2, 2), (2, 2))
+      x = nn.Dense(self.channels + i, dtype=self.dtype, name=f"mix{i}")(x)
+      x = nn.BatchNorm(
+        use_running_average=not train,
+        momentum=0.9,
+        dtype=self.dtype,
+        axis_name=self.axis_name,
+        name=f"norm{i}",
+      )(x)
+      x = nn.relu(x)
+      maps.append(x)
+    return maps
+
+
+class Network(nn.Module):
+  """A cell's colours decide; compiles in a moment."""
+
+  channels: int = 3
+  dtype: Any = jnp.float32
+  axis_name: str | None = None
+
+  @nn.compact
+  def __call__(self, image, train=False):
+    low, high, s16 = Encoder(
+      self.channels, self.dtype, self.axis_name, name="encoder"
+    )(image, train)
+    cells = nn.Dense(1, dtype=self.dtype, name="head")(low)[..., 0]
+    logits = jnp.repeat(jnp.repeat(cells, 4, 1), 4, 2)
+    return {
+      "logits": logits.astype(jnp.float32),
+      "low": low,
+      "high": high,
+      "s16": s16,
+    }
+
+
+def draw_lesions(count, seed=0):
+  """Dark discs on bright skin: images uint8, masks uint8."""
+  draw = np.random.default_rng(seed)
+  y, x = np.mgrid[0:SIDE, 0:SIDE]
+  images, masks = [], []
+  for _ in range(count):
+    cy, cx = draw.uniform(0.3 * SIDE, 0.7 * SIDE, 2)
+    mask = np.hypot(y - cy, x - cx) < draw.uniform(0.15, 0.3) * SIDE
+    image = np.where(mask[..., None], (90, 60, 50), (230, 190, 170))
+    noise = draw.normal(0, 8, image.shape)
+    images.append(np.clip(image + noise, 0, 255).astype(np.uint8))
+    masks.append(mask.astype(np.uint8))
+  return np.stack(images), np.stack(masks)
+
+
+def make_distiller(method, *, student=3, teacher=5):
+  """The distiller between two `Network`s, and its first parameters."""
+  order = {"low": 0, "high": 1, "s16": 2}
+  strides = {"low": 4, "high": 8, "s16": 16}
+  module = distiller_lib.Distiller(
+    taps={tap: teacher + order[tap] for tap in method.taps},
+    heads=method.generator_heads,
+    generator=method.generator,
+    width=method.generator_width,
+    share_generators=method.share_generators,
+    topology=method.topology,
+  )
+  sides = {tap: SIDE // strides[tap] for tap in method.taps}
+  features = {
+    tap: jnp.zeros((1, side, side, student + order[tap]))
+    for tap, side in sides.items()
+  }
+  grids = {tap: (side, side) for tap, side in sides.items()}
+  variables = module.init(jax.random.key(5), features, grids)
+  return module, variables.get("params", {})
