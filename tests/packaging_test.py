@@ -16,7 +16,7 @@ LAYERS = (
   ("main",),
   ("experiment",),
   ("stage",),
-  ("report", "deploy"),
+  ("report",),
   ("train", "feed", "evaluate"),
   ("step",),
   ("objective",),
@@ -27,7 +27,7 @@ LAYERS = (
   ("losses",),
   ("networks",),
   ("data",),
-  ("keys",),
+  ("keys", "choices"),
 )
 # What may come at the core: neither flax, nor configs, nor files.
 PURE = {
