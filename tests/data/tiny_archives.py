@@ -43,7 +43,8 @@ def mask_bytes(mask: np.ndarray, kind: str = "PNG") -> bytes:
 def write_zip(path: pathlib.Path, files: Mapping[str, bytes]) -> pathlib.Path:
   with zipfile.ZipFile(path, "w") as archive:
     for name, content in files.items():
-      archive.writestr(name, content)
+      # Not by name, which would put the time of day into the checksum.
+      archive.writestr(zipfile.ZipInfo(name), content)
   return path
 
 
