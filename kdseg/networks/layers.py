@@ -193,22 +193,51 @@ def mean_pool_2x(x: Array, implementation: str = "") -> Array:
   return nn.avg_pool(x, (2, 2), (2, 2))
 
 
+def _neighbours(
+  before: Array, after: Array, first: Array, last: Array, axis: int
+) -> tuple[Array, Array]:
+  """Shifts `before` forth and `after` back by one, `first` and `last` put in.
+
+  Both are of one side; `first` and `last` are taken at its two ends.
+  """
+  size = before.shape[axis]
+  cut = functools.partial(jax.lax.slice_in_dim, axis=axis)
+  forth = [cut(first, 0, 1), cut(before, 0, size - 1)]
+  back = [cut(after, 1, size), cut(last, size - 1, size)]
+  return jnp.concatenate(forth, axis), jnp.concatenate(back, axis)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _lerp_2x(x: Array, axis: int) -> Array:
-  """Doubles one axis: half-pixel centres, edges repeated."""
-  size = x.shape[axis]
-  first = jax.lax.slice_in_dim(x, 0, 1, axis=axis)
-  last = jax.lax.slice_in_dim(x, size - 1, size, axis=axis)
-  before = jnp.concatenate(
-    [first, jax.lax.slice_in_dim(x, 0, size - 1, axis=axis)], axis
-  )
-  after = jnp.concatenate(
-    [jax.lax.slice_in_dim(x, 1, size, axis=axis), last], axis
-  )
+  """Doubles one axis: half-pixel centres, edges repeated.
+
+  Has its gradient written out: what XLA derives from the concatenations took
+  two to seven times as long on the CPU.
+  """
+  before, after = _neighbours(x, x, x, x, axis)
   pair = jnp.stack(
     [0.75 * x + 0.25 * before, 0.75 * x + 0.25 * after], axis + 1
   )
-  shape = (*x.shape[:axis], 2 * size, *x.shape[axis + 1 :])
+  shape = (*x.shape[:axis], 2 * x.shape[axis], *x.shape[axis + 1 :])
   return pair.reshape(shape)
+
+
+def _lerp_2x_forward(x: Array, axis: int) -> tuple[Array, None]:
+  return _lerp_2x(x, axis), None
+
+
+def _lerp_2x_backward(axis: int, _: None, gradient: Array) -> tuple[Array]:
+  cut = functools.partial(jax.lax.slice_in_dim, gradient, stride=2, axis=axis)
+  even, odd = cut(0, None), cut(1, None)
+  # The pixel before gave a quarter to its odd one, the one after to its even
+  # one; the edges gave it to themselves.
+  before, after = _neighbours(odd, even, even, odd, axis)
+  gradient = 0.75 * (even + odd) + 0.25 * (before + after)
+  # Unfused with what comes next, which would read it once an operand.
+  return (jax.lax.optimization_barrier(gradient),)
+
+
+_lerp_2x.defvjp(_lerp_2x_forward, _lerp_2x_backward)
 
 
 @functools.partial(jax.jit, static_argnames=("implementation",), inline=False)
