@@ -129,7 +129,10 @@ def write_environment(
 
 
 def commit() -> str:
-  """Returns the commit that runs, "-dirty" behind it if changed, or ""."""
+  """Returns the commit that runs, "-dirty" behind it if changed.
+
+  Without a repository $KDSEG_COMMIT, which the launch scripts set, or "".
+  """
   command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
   with contextlib.suppress(OSError, subprocess.CalledProcessError):
     answer = subprocess.run(
@@ -140,4 +143,4 @@ def commit() -> str:
       check=True,
     )
     return answer.stdout.strip()
-  return ""
+  return os.environ.get("KDSEG_COMMIT", "")
