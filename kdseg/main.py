@@ -46,7 +46,8 @@ def main(argv: Sequence[str]) -> None:
 
 def _show_progress() -> None:
   """Sends the package's log to the terminal, one line an event."""
-  absl_logging.set_verbosity(absl_logging.WARNING)
+  # tfds tells of every option that is not its default.
+  absl_logging.set_verbosity(absl_logging.ERROR)
   handler = logging.StreamHandler()
   handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
   log = logging.getLogger("kdseg")
