@@ -25,7 +25,9 @@ class Encoder(nn.Module):
     x = nn.avg_pool((image - 0.5).astype(self.dtype), (2, 2), (2, 2))
     for i in range(3):
       x = nn.avg_pool(x, (2, 2), (2, 2))
-      x = nn.Dense(self.channels + i, dtype=self.dtype, name=f"mix{i}")(x)
+      x = nn.Dense(
+        self.channels + i, use_bias=False, dtype=self.dtype, name=f"mix{i}"
+      )(x)
       x = nn.BatchNorm(
         use_running_average=not train,
         momentum=0.9,
@@ -36,6 +38,10 @@ class Encoder(nn.Module):
       x = nn.relu(x)
       maps.append(x)
     return maps
+
+
+def _enlarge(x, times):
+  return jnp.repeat(jnp.repeat(x, times, 1), times, 2)
 
 
 class Network(nn.Module):
@@ -50,8 +56,11 @@ class Network(nn.Module):
     low, high, s16 = Encoder(
       self.channels, self.dtype, self.axis_name, name="encoder"
     )(image, train)
-    cells = nn.Dense(1, dtype=self.dtype, name="head")(low)[..., 0]
-    logits = jnp.repeat(jnp.repeat(cells, 4, 1), 4, 2)
+    cells = jnp.concatenate(
+      [_enlarge(x, times) for times, x in ((1, low), (2, high), (4, s16))], -1
+    )
+    cells = nn.Dense(1, dtype=self.dtype, name="head")(cells)
+    logits = _enlarge(cells, 4)[..., 0]
     return {
       "logits": logits.astype(jnp.float32),
       "low": low,

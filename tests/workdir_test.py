@@ -1,5 +1,4 @@
 import json
-import pathlib
 import subprocess
 import sys
 
@@ -133,6 +132,8 @@ def test_the_commit_is_the_packages_own(monkeypatch, tmp_path):
   assert workdir_lib.commit() == here
 
 
-def test_no_commit_is_known_without_git(monkeypatch):
-  monkeypatch.setenv("PATH", str(pathlib.Path("/nowhere")))
-  assert workdir_lib.commit() == ""
+@pytest.mark.parametrize("said", ["", "0123456789ab"])
+def test_without_git_the_commit_is_what_the_launcher_says(monkeypatch, said):
+  monkeypatch.setenv("PATH", "/nowhere")
+  monkeypatch.setenv("KDSEG_COMMIT", said)
+  assert workdir_lib.commit() == said
