@@ -1,0 +1,299 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from kdseg import checkpoint
+from kdseg import objective
+from kdseg import stage
+from kdseg import state as state_lib
+from kdseg import step as step_lib
+from kdseg import train
+from kdseg.data import pipeline
+
+TRAINING = stage.Training(
+  epochs=2.0, learning_rate=0.05, validate_epochs=1.0, save_epochs=1.0
+)
+SETTING = stage.Setting(
+  seed=0,
+  batch_size=8,
+  evaluation_batch_size=4,
+  size=tiny.SIDE,
+  segmentation={"bce": 1.0},
+  augment={"rotate": 0.0},
+  encoder_weights=False,
+  log_every=1,
+)
+
+
+def make_arrays(count=16, split="train"):
+  image, mask = tiny.draw_lesions(count, seed=len(split))
+  return pipeline.Arrays(
+    name="synthetic",
+    split=split,
+    ids=tuple(f"{split}{i}" for i in range(count)),
+    image=image,
+    mask=mask,
+    official_count=count,
+    found_count=count,
+  )
+
+
+def contender(folder, *, network=None, seed=0):
+  return stage.Contender(
+    kind="plain",
+    network=network or tiny.Network(2, axis_name=step_lib.AXIS),
+    seed=seed,
+    destination=folder,
+    about={"arm": "plain"},
+  )
+
+
+def train_together(folder, contenders, **changes):
+  log = []
+  options = {"setting": SETTING, "training": TRAINING, "log": log.append}
+  stage.train_together(
+    "students",
+    contenders,
+    **{**options, **changes},
+    folder=folder / "steps",
+    arrays=make_arrays(),
+    validation=make_arrays(4, "validation"),
+  )
+  return log
+
+
+# ------------------------------------------------------------------ schedules
+
+
+@pytest.mark.parametrize(
+  ("options", "expected"),
+  [
+    ({"epochs": 2.0}, 20),
+    ({"epochs": 0.25}, 3),
+    ({"epochs": 2.0, "max_steps": 7}, 7),
+  ],
+)
+def test_epochs_or_steps(options, expected):
+  training = stage.Training(learning_rate=0.1, **options)
+  assert training.steps(examples=80, batch_size=8) == expected
+
+
+# ------------------------------------------------------------------ distillers
+
+
+def shapes(**taps):
+  return {
+    name: jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
+    for name, (side, channels) in taps.items()
+  }
+
+
+def test_a_distiller_meets_the_teachers_grids_and_channels():
+  module, (features, grids) = stage.make_distiller(
+    tiny.Network(3),
+    shapes(low=(8, 5), high=(3, 7), s16=(2, 9)),
+    objective.Method(terms={"m2bf": 1.0}, heads=2, generator_width=4),
+    size=tiny.SIDE,
+  )
+  assert module.taps == {"low": 5, "high": 7}
+  assert module.heads == 2
+  assert module.width == 4
+  assert {tap: x.shape for tap, x in features.items()} == {
+    "low": (1, 8, 8, 3),
+    "high": (1, 4, 4, 4),
+  }
+  assert grids == {"low": (8, 8), "high": (3, 3)}
+
+
+def test_logits_need_no_distiller():
+  module, inputs = stage.make_distiller(
+    tiny.Network(3), {}, objective.Method(terms={"kd": 1.0}), size=tiny.SIDE
+  )
+  assert module is None
+  assert inputs == ((), ())
+
+
+@pytest.mark.parametrize(
+  ("taught", "tap", "message"),
+  [
+    (shapes(low=(8, 5)), "high", "the teacher has no tap 'high', only low"),
+    (
+      shapes(decoder_low=(8, 5)),
+      "decoder_low",
+      "the student has no tap 'decoder_low', only high, logits, low, s16",
+    ),
+  ],
+)
+def test_a_missing_tap_is_named_with_those_there_are(taught, tap, message):
+  method = objective.Method(terms={"mbf": 1.0}, taps=(tap,))
+  with pytest.raises(ValueError, match=message):
+    stage.make_distiller(tiny.Network(3), taught, method, size=tiny.SIDE)
+
+
+# ------------------------------------------------------------------ deviations
+
+
+def measure(values, count=16):
+  """`values` by batch, each [devices, B, h, w, C]."""
+  return stage.teacher_deviations(
+    lambda first: ((i, i, {}) for i in range(len(values))),
+    lambda step, batch: {"taught": {"low": values[batch], "logits": None}},
+    count,
+  )
+
+
+def test_deviations_are_over_all_cells_of_all_batches_by_channel():
+  values = np.random.default_rng(0).normal(3, 2, (2, 4, 2, 5, 5, 3))
+  found = measure(values)
+  assert set(found) == {"low"}
+  np.testing.assert_allclose(
+    found["low"], values.reshape(-1, 3).std(0), rtol=1e-5
+  )
+  assert found["low"].dtype == np.float32
+
+
+def test_only_the_first_batches_are_measured():
+  values = np.random.default_rng(0).normal(0, 1, (3, 1, 2, 5, 5, 3))
+  np.testing.assert_array_equal(
+    measure(values, count=2)["low"], measure(values[:2])["low"]
+  )
+
+
+def test_a_channel_that_never_varies_is_not_divided_by_nothing():
+  values = np.random.default_rng(0).normal(0, 1, (1, 1, 8, 8, 8, 2))
+  values[..., 1] = 4.0
+  steady, varied = measure(values)["low"][1], measure(values)["low"][0]
+  np.testing.assert_allclose(steady, 1e-3 * varied, rtol=1e-5)
+
+
+# -------------------------------------------------------------------- training
+
+
+class Poisoned(tiny.Network):
+  """Its logits are never finite."""
+
+  def __call__(self, image, train=False):
+    out = super().__call__(image, train)
+    return {**out, "logits": out["logits"] / 0.0}
+
+
+def variables_of(folder):
+  return checkpoint.load_variables(folder)[0]
+
+
+def test_contenders_train_stop_go_on_and_leave_their_best(tmp_path, caplog):
+  def make(folder):
+    return {
+      "a": contender(folder / "a"),
+      "b": contender(folder / "b", seed=1),
+    }
+
+  whole, torn = tmp_path / "whole", tmp_path / "torn"
+  train_together(whole, make(whole))
+
+  def pull_the_plug(record):
+    if record["step"] == 3:
+      raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    train_together(torn, make(torn), log=pull_the_plug)
+  assert not checkpoint.is_finished(torn / "a")
+  with caplog.at_level("INFO", logger="kdseg"):
+    train_together(torn, make(torn))
+  assert "goes on from step 2 of 4" in caplog.text
+  for name in "ab":
+    jax.tree.map(
+      np.testing.assert_array_equal,
+      variables_of(whole / name),
+      variables_of(torn / name),
+    )
+    about = json.loads((torn / name / "about.json").read_text())
+    assert about == json.loads((whole / name / "about.json").read_text())
+    assert about["steps"] == 4
+    assert about["best_step"] in (2, 4)
+    assert 0 <= about["validation_dice"] <= 1
+    assert about["parameters"] > 0
+  kernels = [
+    variables_of(whole / name)["params"]["head"]["kernel"] for name in "ab"
+  ]
+  assert (kernels[0] != kernels[1]).any()
+
+  # A finished stage is passed over without a step.
+  assert train_together(torn, make(torn)) == []
+
+  # And its checkpoints are nobody else's.
+  with pytest.raises(checkpoint.CheckpointError, match="holds the arms a, b"):
+    train_together(torn, {"c": contender(torn / "c")})
+
+
+def test_one_that_diverges_says_why_and_saves_its_batch(tmp_path):
+  with pytest.raises(train.DivergedError, match="not finite at step 0"):
+    train_together(
+      tmp_path,
+      {
+        "sick": contender(
+          tmp_path / "sick", network=Poisoned(2, axis_name=step_lib.AXIS)
+        )
+      },
+    )
+  [path] = (tmp_path / "steps").glob("non_finite-sick-step0.npz")
+  with np.load(path) as saved:
+    assert saved["image"].shape == (8, tiny.SIDE, tiny.SIDE, 3)
+    assert saved["image"].dtype == np.uint8
+    assert saved["mask"].shape == (8, tiny.SIDE, tiny.SIDE)
+    assert all(str(name).startswith("train") for name in saved["ids"])
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def make_arm(value, **options):
+  params = {"network": {"w": jnp.full(2, value)}, "distiller": {}}
+  state = state_lib.TrainState(
+    step=jnp.asarray(3, jnp.int32),
+    seed=jnp.asarray(1, jnp.int32),
+    params=params,
+    batch_stats={},
+    opt_state=(),
+    average={},
+    balance={"task": jnp.asarray(0.5)},
+  )
+  return train.Arm(state, step=None, **options)
+
+
+def test_arms_come_back_with_their_best_and_their_failures(tmp_path):
+  best = {"params": {"w": np.full(2, 7.0, np.float32)}, "batch_stats": {}}
+  arms = {
+    "good": make_arm(1.0, best={"variables": best, "score": 0.75, "step": 2}),
+    "sick": make_arm(2.0, diverged="loss not finite at step 1"),
+  }
+  with checkpoint.open_checkpoints(tmp_path) as manager:
+    checkpoint.save(manager, 3, *stage._pack(arms))
+    fresh = {"good": make_arm(0.0), "sick": make_arm(0.0)}
+    assert stage._resume(manager, fresh, "students", 9) == 3
+  for name, arm in arms.items():
+    np.testing.assert_array_equal(
+      fresh[name].state.params["network"]["w"],
+      arm.state.params["network"]["w"],
+    )
+    assert fresh[name].state.params["distiller"] == {}
+    assert fresh[name].diverged == arm.diverged
+  assert fresh["good"].best["score"] == 0.75
+  assert fresh["good"].best["step"] == 2
+  np.testing.assert_array_equal(
+    fresh["good"].best["variables"]["params"]["w"], [7, 7]
+  )
+  assert fresh["sick"].best == {}
+
+
+def test_an_arm_without_weights_leaves_a_reason_in_their_place(tmp_path):
+  arm = make_arm(1.0, diverged="loss not finite at step 1")
+  stage._write_result(contender(tmp_path / "x"), arm, steps=9)
+  assert not checkpoint.is_finished(tmp_path / "x")
+  about = json.loads((tmp_path / "x" / "failed.json").read_text())
+  assert about["diverged"] == "loss not finite at step 1"
+  assert about["arm"] == "plain"
