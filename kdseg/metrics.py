@@ -121,8 +121,7 @@ def resize_probability(
   resized = Image.fromarray(probability).resize(
     (width, height), Image.Resampling.BILINEAR
   )
-  # Pillow's float32 sums leave [0, 1] by a few units in the last place.
-  return np.clip(np.asarray(resized), 0, 1)
+  return np.array(resized)
 
 
 def score(

@@ -113,6 +113,20 @@ class TestWriteAndRead:
       scores.append(path, make_rows(seed=1))
     assert path.read_bytes() == before
 
+  def test_the_new_file_takes_the_old_ones_place_at_once(
+    self, path, monkeypatch
+  ):
+    scores.write(path, make_rows())
+    before = path.read_bytes()
+
+    def crash(*_):
+      raise OSError("killed")
+
+    monkeypatch.setattr(scores.pathlib.Path, "replace", crash)
+    with pytest.raises(OSError, match="killed"):
+      scores.append(path, make_rows(seed=1))
+    assert path.read_bytes() == before
+
 
 class TestBadRows:
   @pytest.mark.parametrize("value", [np.nan, np.inf, None, "0.5"])

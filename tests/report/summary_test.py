@@ -223,6 +223,17 @@ class TestVerdicts:
       "better in these 3 runs, not significant for new ones"
     )
 
+  def test_a_small_p_does_not_outweigh_seeds_that_disagree(self):
+    # Each image gains by .002 on average, one seed of three loses.
+    rows = []
+    dices = 0.85 + 0.05 * np.random.default_rng(0).random(60)
+    for seed, gain in enumerate((-0.010, 0.006, 0.010)):
+      rows += make_rows(NONE, dices, seed=seed)
+      rows += make_rows(M2BF, dices + gain, seed=seed)
+    (got,) = summary.summarize(rows, FAST).comparisons
+    assert got.holm < 1e-6
+    assert got.verdict == "not significant"
+
   def test_a_mean_against_most_images_is_called_mixed(self):
     # Most lesions gain a little, seven are lost.
     dices = np.full((3, 60), 0.9) + 0.01 * np.random.default_rng(1).random(60)
@@ -294,6 +305,13 @@ class TestGate:
     assert ("NOT passed" in line) != passed
     warned = any("can show anything" in warning for warning in got.warnings)
     assert warned != passed
+
+  def test_two_hundredths_pass_however_they_are_rounded(self):
+    assert 0.95 - 0.93 < 0.02  # in floating point
+    rows = make_rows(TEACHER, [0.95]) + make_rows(NONE, [0.93])
+    (line,) = summary.summarize(rows, FAST).gates["isic2016_test"]
+    assert line.endswith("passed.")
+    assert "NOT" not in line
 
   def test_no_teacher_leaves_it_unknown(self):
     got = summary.summarize(make_arm(NONE, 0.89), FAST)
