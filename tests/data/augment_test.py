@@ -1,6 +1,7 @@
 """What a random view of an image promises."""
 
 import functools
+from unittest import mock
 
 from absl.testing import parameterized
 import chex
@@ -268,6 +269,43 @@ class AugmentTest(chex.TestCase):
     coloured = jax.jit(augment.augment)(KEY, image, mask)
     np.testing.assert_array_equal(plain[1], coloured[1])
     assert np.abs(plain[0] - coloured[0]).max() > 0.05
+
+  def test_each_number_drawn_serves_one_change(self):
+    # Image i is given zeros but for its i-th number; the last one only zeros.
+    count = 17
+
+    def one_at_a_time(key, shape, minval):
+      assert shape == (count,)
+      assert minval == -1
+      return -0.9 * jax.nn.one_hot(jax.random.key_data(key)[-1], count)
+
+    data = np.stack([np.zeros(count + 1), np.arange(count + 1)], -1)
+    keys = jax.random.wrap_key_data(jnp.asarray(data, jnp.uint32))
+    image, mask = noise(batch=1)
+    image = (64 + image // 2).repeat(count + 1, 0)
+    mask = mask.repeat(count + 1, 0)
+    served = []
+    with mock.patch.object(jax.random, "uniform", one_at_a_time):
+      for name, expected in (
+        ("flips", 2),
+        ("quarter_turns", 1),
+        ("rotate", 1),
+        ("scale", 1),
+        ("translate", 2),
+        ("brightness", 1),
+        ("contrast", 1),
+        ("saturation", 1),
+        ("hue", 1),
+        ("gain", 3),
+        ("tone", 3),
+      ):
+        strength = {"flips": True, "quarter_turns": True, "rotate": 20.0}
+        view, _ = only(**{name: strength.get(name, 0.3)})(keys, image, mask)
+        view = np.asarray(view)
+        changed = np.abs(view - view[-1]).max((1, 2, 3)) > 1e-4
+        assert changed.sum() == expected, name
+        served.extend(np.flatnonzero(changed))
+    assert sorted(served) == list(range(count))
 
   @parameterized.named_parameters(
     ("float_image", (2, 8, 8, 3), np.float32, (2, 8, 8), np.uint8, "uint8"),

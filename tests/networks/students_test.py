@@ -206,6 +206,19 @@ class PatchUNetTest(chex.TestCase):
     # A 3x3 convolution of 40 channels, scale and offset of its norm.
     assert count(two) - count(one) == 9 * 40 * 40 + 2 * 40
 
+  def test_each_decoder_stage_sees_the_encoder_map_of_its_stride(self):
+    image, network = picture(1, 64, 64), patch_unet.patch_unet_12k()
+    variables = init(network, image)
+    apply = jax.jit(network.apply)
+    for stride, name in ((4, "decoder_low"), (8, "decoder_high")):
+      # Nothing comes from below: what is left is the encoder's.
+      params = dict(variables["params"])
+      params[f"reduce{stride}"] = jax.tree.map(
+        jnp.zeros_like, params[f"reduce{stride}"]
+      )
+      out = apply({**variables, "params": params}, image)
+      assert np.std(out[name]) > 1e-3, name
+
   def test_context_is_a_projected_mean(self):
     image = picture(1, 32, 32)
     params = shapes(patch_unet.PatchUNet(), image)["params"]["encoder"]
