@@ -127,11 +127,12 @@ class ViT(nn.Module):
     x = jnp.concatenate([first, x + position], axis=1).astype(self.dtype)
     grids = []
     for i in range(max(self.taps)):
-      if i == self.trained_from:
-        x = jax.lax.stop_gradient(x) if i else x
       x = Block(self.heads, self.dtype, name=f"block_{i}")(x)
+      if i + 1 <= self.trained_from:
+        # What is read here is read behind frozen blocks alone.
+        x = jax.lax.stop_gradient(x)
       if i + 1 in self.taps:
-        grids.append(x[:, 1:].reshape(batch, grid, grid, self.width))
-    if self.trained_from >= max(self.taps):
-      grids = [jax.lax.stop_gradient(g) for g in grids]
+        frozen = i < self.trained_from
+        seen = jax.lax.stop_gradient(x) if frozen else x
+        grids.append(seen[:, 1:].reshape(batch, grid, grid, self.width))
     return grids
