@@ -11,6 +11,7 @@ import jax
 from ml_collections import config_flags
 
 from kdseg import checkpoint
+from kdseg import choices
 from kdseg import experiment
 from kdseg import train
 from kdseg import workdir as workdir_lib
@@ -26,6 +27,7 @@ _WORKDIR = flags.DEFINE_string(
 _EXPECTED = (
   archives.DataError,
   checkpoint.CheckpointError,
+  choices.UnknownNameError,
   train.DivergedError,
   workdir_lib.WorkdirError,
   ImportError,
