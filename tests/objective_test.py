@@ -29,7 +29,11 @@ def _answers():
     network = tiny.Network(channels)
     variables = network.init(jax.random.key(seed), image)
     outs.append(network.apply(variables, image))
-  return (*outs, jnp.asarray(masks, jnp.float32))
+  out, taught = outs
+  labels = jnp.asarray(masks, jnp.float32)
+  # A teacher that sees the lesions, and sees them to the right of the truth.
+  taught["logits"] = 8.0 * (jnp.roll(labels, 6, axis=2) - 0.5)
+  return out, taught, labels
 
 
 def distil(method, *, seed=0, module=None, params=None, **changes):
@@ -220,6 +224,65 @@ def test_every_switch_runs_and_teaches_the_student(switches):
   wanted = ("logits",) if method.terms.keys() & {"kd", "cwd"} else method.taps
   for name in wanted:
     assert by_out[name].any(), f"no gradient reaches {name}"
+
+
+# A band of some width on 32 pixels, so that its switches have an effect.
+BAND = {"radius": 16.0}
+CHANGES = [
+  *({"region": region} for region in boundary.REGIONS if region != "gt_band"),
+  {"radius": 32.0},
+  {"mask_ratio": 0.2},
+  {"ratio_outside": 0.5},
+  {"granularity": 2},
+  {"loss_region": "band"},
+  {"loss_region": "band_weighted"},
+  {"normalise": "std"},
+  {"normalise": "l2"},
+  *({"term": "m2bf", **BAND, **switch} for switch in (
+    {"topology": "parallel"},
+    {"head_input": "residual"},
+    {"head_weights": "last"},
+    {"head_weights": "geometric"},
+    {"band_schedule": "narrowing"},
+    {"band_schedule": "widening"},
+    {"ratio_schedule": "increasing"},
+  )),
+  {"term": "kd", "kd_temperature": 1.0},
+  {"term": "cwd", "cwd_temperature": 1.0},
+  {"term": "mgd", "mask_ratio": 0.2},
+  {"term": "mgd", "granularity": 2},
+  {"term": "mgd", "normalise": "std"},
+  {"term": "fitnet", "normalise": "l2"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("switches", CHANGES, ids=str)
+def test_every_switch_reaches_its_loss(switches):
+  _, taught, _ = _answers()
+  deviations = {
+    tap: jnp.full(taught[tap].shape[-1], 2.0) for tap in ("low", "high")
+  }
+  changed = make_method(**{**BAND, **switches})
+  term = switches.get("term", "mbf")
+  default = make_method(term, **(BAND if "radius" not in switches else {}))
+  module, params = tiny.make_distiller(default)
+  given = {"module": module, "params": params, "teacher_std": deviations}
+  before, after = distil(default, **given), distil(changed, **given)
+  assert before.keys() == after.keys()
+  for name in before:
+    assert before[name] != after[name], name
+
+
+def test_the_weight_of_the_band_reaches_its_loss():
+  light, heavy = (
+    make_method(loss_region="band_weighted", band_weight=weight, **BAND)
+    for weight in (1.0, 5.0)
+  )
+  module, params = tiny.make_distiller(light)
+  given = {"module": module, "params": params}
+  one, other = distil(light, **given), distil(heavy, **given)
+  for name in one:
+    assert one[name] != other[name]
 
 
 def test_hiding_everywhere_is_mgd():

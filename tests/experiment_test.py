@@ -1,0 +1,585 @@
+"""Whole experiments on drawn lesions, with networks of a few hundred weights.
+
+Runs are shared: each one compiles several programs, which is what costs.
+"""
+
+import csv
+import importlib.util
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+import types
+
+import jax
+import ml_collections
+import numpy as np
+from PIL import Image
+import pytest
+
+from kdseg import checkpoint
+from kdseg import experiment
+from kdseg import workdir as workdir_lib
+from kdseg.report import scores as scores_lib
+
+QUICKSTART = pathlib.Path(__file__).parents[1] / "configs" / "quickstart.py"
+TEACHER = {
+  "network": "patch_unet",
+  "options": {"widths": (4, 4, 4), "depths": (1, 1, 1)},
+  "seed": 0,
+  "checkpoint": "",
+  "precompute": False,
+  "training": {"epochs": 1.0, "learning_rate": 1e-2},
+}
+FROZEN = {
+  "network": "vit_unet",
+  "options": {"side": 28, "taps": (1,), "widths": (4, 4, 4)},
+  "seed": 0,
+  "checkpoint": "",
+  "precompute": True,
+  "training": {"epochs": 1.0, "learning_rate": 1e-2, "encoder_scale": 0.0},
+}
+
+
+def make_config(data_dir, **changes):
+  """The quickstart, shrunk; `changes` replace whole entries."""
+  spec = importlib.util.spec_from_file_location("quickstart", QUICKSTART)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  entries = module.get_config().to_dict()
+  entries["data"] |= {
+    "size": 32,
+    "batch_size": 8,
+    "data_dir": str(data_dir),
+    "options": {
+      "synthetic": {"train": 24, "validation": 8, "test": 6, "image_size": 40}
+    },
+  }
+  entries |= {
+    "log_every": 2,
+    "teachers": {"teacher_unet": TEACHER},
+    "methods": {
+      "none": {},
+      "mbf": {"terms": {"mbf": 1.0}},
+      # Overflows in its first step.
+      "boom": {"terms": {"kd": 1e38}, "warmup": 0.0},
+    },
+    "students": {"patch_unet": {"widths": (2, 2, 2), "depths": (1, 1, 1)}},
+    "arms": {"patch_unet": {"methods": ("none", "mbf", "boom"), "seeds": (0,)}},
+    "training": {
+      "epochs": 2.0,
+      "learning_rate": 1e-2,
+      "average_decay": 0.5,
+      "validate_epochs": 1.0,
+      "save_epochs": 1.0,
+    },
+  }
+  entries["evaluation"]["batch_size"] = 8
+  return ml_collections.ConfigDict(entries | changes)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  return tmp_path_factory.mktemp("experiment")
+
+
+@pytest.fixture(scope="module")
+def data_dir(folder):
+  return folder / "data"
+
+
+@pytest.fixture(scope="module")
+def finished(folder, data_dir):
+  """A run that was never stopped: its config, its folder, what `run` said."""
+  config = make_config(data_dir)
+  workdir = folder / "finished"
+  return types.SimpleNamespace(
+    config=config, workdir=workdir, ran=experiment.run(config, workdir)
+  )
+
+
+def copy(finished, workdir, *parts):
+  """Starts a workdir with some of what a finished one holds."""
+  workdir.mkdir()
+  for part in parts:
+    source = finished.workdir / part
+    if source.is_dir():
+      shutil.copytree(source, workdir / part)
+    else:
+      shutil.copy2(source, workdir / part)
+  return workdir
+
+
+def snapshot(workdir):
+  return {
+    str(path.relative_to(workdir)): (path.stat().st_mtime_ns, path.read_bytes())
+    for path in sorted(workdir.rglob("*"))
+    if path.is_file()
+  }
+
+
+def read_rows(workdir):
+  with open(workdir / "scores.csv", newline="", encoding="utf-8") as file:
+    return list(csv.DictReader(file))
+
+
+def variables_of(workdir, arm):
+  return checkpoint.load_variables(workdir / "arms" / arm)[0]
+
+
+# ------------------------------------------------------------------ a whole run
+
+
+def test_leaves_every_file_that_is_promised(finished):
+  assert finished.ran is True
+  found = {path.name for path in finished.workdir.iterdir()}
+  assert found >= {
+    "config.json",
+    "environment.json",
+    "log.jsonl",
+    "scores.csv",
+    "report.json",
+    "table.md",
+    "overlays.png",
+    "arms",
+    "teachers",
+    "checkpoints",
+    "predictions",
+  }
+  assert checkpoint.is_finished(finished.workdir / "teachers" / "teacher_unet")
+  for arm in ("patch_unet-none-seed0", "patch_unet-mbf-seed0"):
+    assert checkpoint.is_finished(finished.workdir / "arms" / arm)
+
+
+def test_every_image_is_scored_once_for_every_network(finished):
+  rows = read_rows(finished.workdir)
+  assert len(rows) == 3 * 6
+  keys = {(row["arm"], row["seed"], row["dataset"], row["id"]) for row in rows}
+  assert len(keys) == len(rows)
+  assert {key[:3] for key in keys} == {
+    ("teacher_unet", "0", "synthetic_test"),
+    ("patch_unet-none", "0", "synthetic_test"),
+    ("patch_unet-mbf", "0", "synthetic_test"),
+  }
+  assert {key[3] for key in keys} == {f"test_{i:05d}" for i in range(6)}
+
+
+def test_scores_are_those_of_the_predictions_at_the_images_own_size(finished):
+  for row in read_rows(finished.workdir):
+    assert (row["height"], row["width"]) == ("40", "40")
+    path = (
+      finished.workdir
+      / "predictions"
+      / f"{row['arm']}-seed{row['seed']}"
+      / row["dataset"]
+      / f"{row['id']}.png"
+    )
+    with Image.open(path) as image:
+      predicted = np.asarray(image.convert("L")) > 0
+    counted = int(row["true_positive"]) + int(row["false_positive"])
+    assert predicted.shape == (40, 40)
+    assert predicted.sum() == counted
+
+
+def test_records_what_the_numbers_were_made_from(finished):
+  environment = json.loads((finished.workdir / "environment.json").read_text())
+  assert set(environment["data"]) == {"train", "validation", "synthetic_test"}
+  assert environment["data"]["train"]["images"] == 24
+  assert len(environment["data"]["train"]["sha256"]) == 64
+  config = json.loads((finished.workdir / "config.json").read_text())
+  assert config["training"]["learning_rate"] == 1e-2
+
+
+def _refuse(token):
+  raise ValueError(token)
+
+
+def test_the_log_is_json_line_by_line(finished):
+  records = [
+    json.loads(line, parse_constant=_refuse)
+    for line in (finished.workdir / "log.jsonl").read_text().splitlines()
+  ]
+  steps = {r["step"] for r in records if r["stage"] == "teacher_unet"}
+  assert max(steps) == 3
+  student = [r for r in records if r.get("arm") == "patch_unet-mbf-seed0"]
+  assert max(r["step"] for r in student) == 6
+  assert any("mbf_low" in r for r in student)
+  assert sum("validation_dice" in r for r in student) == 2
+  assert records[-1]["stage"] == "run"
+
+
+def test_the_table_says_what_it_is_made_of(finished):
+  table = (finished.workdir / "table.md").read_text()
+  for text in ("24 of 24", "6 of 6", "teacher_unet", "patch_unet-mbf"):
+    assert text in table
+  report = json.loads((finished.workdir / "report.json").read_text())
+  assert report["teacher"] == "teacher_unet"
+  # Both are called "patch_unet", and only one of them is large.
+  arms = report["arms"]
+  assert arms["teacher_unet"]["macs"] > arms["patch_unet-none"]["macs"] > 0
+  assert (
+    arms["teacher_unet"]["parameters"] > arms["patch_unet-none"]["parameters"]
+  )
+
+
+def test_the_students_are_the_students_alone(finished):
+  none, mbf = (
+    variables_of(finished.workdir, f"patch_unet-{method}-seed0")
+    for method in ("none", "mbf")
+  )
+  assert jax.tree.structure(none) == jax.tree.structure(mbf)
+  assert set(mbf) == {"params", "batch_stats"}
+  assert any(
+    (a != b).any() for a, b in zip(jax.tree.leaves(none), jax.tree.leaves(mbf))
+  )
+
+
+def test_an_arm_that_diverged_is_reported_and_holds_nothing_up(finished):
+  folder = finished.workdir / "arms" / "patch_unet-boom-seed0"
+  failed = json.loads((folder / "failed.json").read_text())
+  assert "not finite at step 0, batch of train_" in failed["diverged"]
+  [note] = json.loads((finished.workdir / "report.json").read_text())["notes"]
+  assert note.startswith("patch_unet-boom, seed 0, diverged: ")
+  assert "patch_unet-boom" in (finished.workdir / "table.md").read_text()
+
+
+def test_the_picture_shows_something(finished):
+  with Image.open(finished.workdir / "overlays.png") as image:
+    assert min(image.size) > 40
+    assert len(image.getcolors(1 << 24)) > 100
+
+
+# --------------------------------------------------------------- a second start
+
+
+def test_a_finished_run_is_left_as_it_is(finished):
+  before = snapshot(finished.workdir)
+  assert experiment.run(finished.config, finished.workdir) is False
+  assert snapshot(finished.workdir) == before
+
+
+def test_another_config_is_refused_by_its_key(finished, data_dir):
+  before = snapshot(finished.workdir)
+  config = make_config(data_dir)
+  config.training.learning_rate = 2e-2
+  with pytest.raises(
+    workdir_lib.WorkdirError, match=r"training\.learning_rate was 0\.01"
+  ):
+    experiment.run(config, finished.workdir)
+  assert snapshot(finished.workdir) == before
+
+
+def test_a_second_process_is_refused(finished):
+  hold = (
+    "import fcntl, sys; file = open(sys.argv[1], 'a');"
+    "fcntl.flock(file, fcntl.LOCK_EX); print('held', flush=True);"
+    "sys.stdin.read()"
+  )
+  other = subprocess.Popen(
+    [sys.executable, "-c", hold, str(finished.workdir / ".lock")],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+  )
+  with other:
+    assert other.stdout.readline() == b"held\n"
+    with pytest.raises(workdir_lib.WorkdirError, match="another process"):
+      experiment.run(finished.config, finished.workdir)
+    other.stdin.close()
+
+
+def test_a_lost_table_is_written_again_and_nothing_else_is_done(
+  finished, folder, monkeypatch
+):
+  workdir = folder / "lost"
+  shutil.copytree(finished.workdir, workdir)
+  expected = (workdir / "table.md").read_bytes()
+  (workdir / "table.md").unlink()
+  scores = (workdir / "scores.csv").stat().st_mtime_ns
+  monkeypatch.setattr(experiment.stage, "train_together", None)
+  monkeypatch.setattr(experiment.evaluate, "score", None)
+  assert experiment.run(finished.config, workdir) is True
+  assert (workdir / "table.md").read_bytes() == expected
+  assert (workdir / "scores.csv").stat().st_mtime_ns == scores
+
+
+def test_stopped_twice_and_gone_on_is_as_never_stopped(
+  finished, folder, monkeypatch, caplog
+):
+  workdir = copy(finished, folder / "torn", "config.json", "teachers")
+  append_line, append_rows = checkpoint.append_json_line, scores_lib.append
+
+  def stop_in_training(path, record):
+    append_line(path, record)
+    if record["stage"] == "students" and record["step"] == 4:
+      raise KeyboardInterrupt
+
+  def stop_in_scoring(path, rows):
+    append_rows(path, rows)
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoint, "append_json_line", stop_in_training)
+    with pytest.raises(KeyboardInterrupt):
+      experiment.run(finished.config, workdir)
+  assert not (workdir / "arms").exists()
+  with monkeypatch.context() as patch:
+    patch.setattr(scores_lib, "append", stop_in_scoring)
+    with (
+      caplog.at_level("INFO", logger="kdseg"),
+      pytest.raises(KeyboardInterrupt),
+    ):
+      experiment.run(finished.config, workdir)
+  assert "students: goes on from step 3 of 6" in caplog.text
+  assert len(read_rows(workdir)) == 6
+
+  assert experiment.run(finished.config, workdir) is True
+  for name in ("scores.csv", "table.md", "report.json"):
+    assert (workdir / name).read_bytes() == (
+      finished.workdir / name
+    ).read_bytes()
+  for arm in ("patch_unet-none-seed0", "patch_unet-mbf-seed0"):
+    jax.tree.map(
+      np.testing.assert_array_equal,
+      variables_of(workdir, arm),
+      variables_of(finished.workdir, arm),
+    )
+  assert experiment.run(finished.config, workdir) is False
+
+
+def test_arms_that_are_added_are_trained_alone(finished, folder, data_dir):
+  workdir = folder / "more"
+  shutil.copytree(finished.workdir, workdir)
+  config = make_config(
+    data_dir,
+    arms={"patch_unet": {"methods": ("none", "mbf", "boom"), "seeds": (0,)}},
+  )
+  config.arms.patch_unet_12k = {"methods": ("none",), "seeds": (0,)}
+  before = snapshot(workdir)
+  rows = read_rows(workdir)
+
+  assert experiment.run(config, workdir) is True
+  after = snapshot(workdir)
+  kept = [
+    name
+    for name in before
+    if name.startswith(("arms/", "teachers/", "checkpoints/", "predictions/"))
+  ]
+  assert kept
+  for name in kept:
+    assert after[name] == before[name], name
+  assert read_rows(workdir)[: len(rows)] == rows
+  added = read_rows(workdir)[len(rows) :]
+  assert {row["arm"] for row in added} == {"patch_unet_12k-none"}
+  assert len(added) == 6
+  assert "patch_unet_12k-none" in (workdir / "table.md").read_text()
+  assert experiment.run(config, workdir) is False
+
+
+def test_a_group_that_lost_an_arm_half_way_says_which(folder):
+  steps = folder / "groups"
+  (steps / "000").mkdir(parents=True)
+  checkpoint.write_json(steps / "000" / "group.json", ["a-seed0", "b-seed0"])
+  plan = experiment.Plan("a", "a", "none", 0)
+  with pytest.raises(workdir_lib.WorkdirError, match=r"no more \(b-seed0\)"):
+    experiment._next_group([plan], [plan], steps)
+
+
+# -------------------------------------------------- several teachers, computed
+
+
+@pytest.fixture(scope="module")
+def joint(folder, data_dir):
+  """Two teachers as one, all their answers computed before the students."""
+  config = make_config(
+    data_dir,
+    teachers={"teacher_unet": TEACHER, "teacher_vit": FROZEN},
+    distil_from=("teacher_unet", "teacher_vit"),
+    precompute_teacher=True,
+    taught_channels=3,
+    arms={"patch_unet": {"methods": ("mbf",), "seeds": (0,)}},
+    training={"epochs": 1.0, "learning_rate": 1e-2},
+  )
+  workdir = folder / "joint"
+  experiment.run(config, workdir)
+  return types.SimpleNamespace(config=config, workdir=workdir)
+
+
+def test_several_teachers_are_scored_apart_and_together(joint):
+  rows = read_rows(joint.workdir)
+  assert {row["arm"] for row in rows} == {
+    "teacher",
+    "teacher_unet",
+    "teacher_vit",
+    "patch_unet-mbf",
+  }
+  report = json.loads((joint.workdir / "report.json").read_text())
+  assert report["teacher"] == "teacher"
+  arms = report["arms"]
+  for key in ("parameters", "macs"):
+    assert arms["teacher"][key] == (
+      arms["teacher_unet"][key] + arms["teacher_vit"][key]
+    )
+  assert any("mean probability" in note for note in report["notes"])
+
+
+def test_a_frozen_encoder_is_left_as_it_was_drawn(joint):
+  variables, _ = checkpoint.load_variables(
+    joint.workdir / "teachers" / "teacher_vit"
+  )
+  network = experiment.networks.make_network("vit_unet", **FROZEN["options"])
+  drawn = experiment.networks.make_variables(
+    network,
+    jax.random.fold_in(jax.random.key(0), 0),
+    size=32,
+    weights=False,
+  )
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    variables["params"]["encoder"],
+    drawn["params"]["encoder"],
+  )
+
+
+def test_what_was_computed_is_what_the_teachers_answer(joint):
+  data = experiment.load_data(joint.config)
+  teachers = {
+    name: experiment.make_teacher(
+      name, joint.config, joint.workdir, data, log=None
+    )
+    for name in joint.config.teachers
+  }
+  # Finished, and still asked through what its encoder made.
+  assert teachers["teacher_vit"].encoded["grids"].shape[:2] == (8, 24)
+  teacher = experiment.join_teachers(joint.config, teachers)
+  [cached] = (joint.workdir / "cache").glob("taught-*")
+  stored = {path.stem: np.load(path) for path in cached.glob("*.npy")}
+  assert set(stored) == {"logits", "low", "high"}
+  assert stored["low"].shape == (8, 24, 8, 8, 3)
+  for orientation in (0, 5):
+    image = experiment.cache.orient(data.train.image[:4], orientation)
+    out = teacher.network.apply(
+      teacher.variables, image.astype(np.float32) / 255
+    )
+    np.testing.assert_allclose(
+      stored["logits"][orientation, :4], out["logits"], rtol=0.02, atol=0.02
+    )
+
+
+def test_a_finished_joint_run_is_left_as_it_is(joint):
+  before = snapshot(joint.workdir)
+  assert experiment.run(joint.config, joint.workdir) is False
+  assert snapshot(joint.workdir) == before
+
+
+# --------------------------------------------------------- teachers from before
+
+
+def test_a_teacher_of_another_run_is_taken_as_it_is(finished, folder, data_dir):
+  source = finished.workdir / "teachers" / "teacher_unet"
+  config = make_config(
+    data_dir, teachers={"teacher_old": {**TEACHER, "checkpoint": str(source)}}
+  )
+  workdir = folder / "taken"
+  teacher = experiment.make_teacher(
+    "teacher_old", config, workdir, data=None, log=None
+  )
+  expected, _ = checkpoint.load_variables(source)
+  jax.tree.map(np.testing.assert_array_equal, teacher.variables, expected)
+  copied, about = checkpoint.load_variables(
+    workdir / "teachers" / "teacher_old"
+  )
+  jax.tree.map(np.testing.assert_array_equal, copied, expected)
+  assert about["arm"] == "teacher_old"
+  assert about["taken_from"] == str(source)
+
+
+def test_a_teacher_of_another_shape_is_refused_by_its_leaf(
+  finished, folder, data_dir
+):
+  source = finished.workdir / "teachers" / "teacher_unet"
+  wide = {**TEACHER, "checkpoint": str(source)}
+  wide["options"] = {"widths": (4, 4, 6), "depths": (1, 1, 1)}
+  config = make_config(data_dir, teachers={"teacher_wide": wide})
+  with pytest.raises(
+    checkpoint.CheckpointError, match=r"of another network: \w+/\w+"
+  ):
+    experiment.make_teacher(
+      "teacher_wide", config, folder / "wide", data=None, log=None
+    )
+
+
+# ----------------------------------------------------------- what cannot be run
+
+
+def test_arms_are_planned_seed_by_seed(data_dir):
+  arms = {"enet": {"methods": ("none", "mbf"), "seeds": (1, 0)}}
+  plans = experiment.plan_arms(make_config(data_dir, arms=arms))
+  assert [plan.key for plan in plans] == [
+    "enet-none-seed0",
+    "enet-mbf-seed0",
+    "enet-none-seed1",
+    "enet-mbf-seed1",
+  ]
+
+
+def options(**changes):
+  return {**TEACHER, **changes}
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    (
+      {"arms": {"enet": {"methods": ("mbff",), "seeds": (0,)}}},
+      'arms.enet: unknown method "mbff".*boom, mbf, none',
+    ),
+    ({"methods": {"none": {}, "mbf": {"term": 1}, "boom": {}}}, '"term"'),
+    ({"teachers": {"unet": TEACHER}}, 'call it "teacher_unet"'),
+    ({"distil_from": ("teacher_vit",)}, 'distil_from names "teacher_vit"'),
+    ({"training": {"epoch": 1.0}}, 'did you mean "epochs"'),
+    ({"students": {"patch_unet": {"width": 3}}}, "patch_unet.*width"),
+    ({"teachers": {"teacher_unet": options(network="unet")}}, '"unet"'),
+    (
+      {
+        "teachers": {"teacher_unet": options(training={"epochs": 1.0, "lr": 1})}
+      },
+      '"lr"',
+    ),
+    ({"augment": {"rotation": 3.0}}, 'did you mean "rotate"'),
+  ],
+)
+def test_a_name_that_does_not_exist_stops_before_anything_is_made(
+  tmp_path, changes, message
+):
+  config = make_config(tmp_path, **changes)
+  with pytest.raises(ValueError, match=message):
+    experiment.run(config, tmp_path / "new")
+  assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+  ("key", "value", "message"),
+  [
+    ("size", 40, "divisible by 32, not 40"),
+    ("name", "isic", 'data set "isic".*isic2016'),
+    ("tests", ("synthetic", "ph"), 'data set "ph"'),
+  ],
+)
+def test_data_that_do_not_exist_are_refused(tmp_path, key, value, message):
+  config = make_config(tmp_path)
+  config.data[key] = value
+  with pytest.raises(ValueError, match=message):
+    experiment.load_data(config)
+
+
+def test_a_method_that_needs_a_teacher_says_so(finished, data_dir):
+  config = make_config(data_dir, distil_from=())
+  with pytest.raises(ValueError, match="set distil_from"):
+    experiment._make_teaching(
+      config,
+      finished.workdir,
+      data=None,
+      teacher=None,
+      methods=[experiment.objective.make_method({"terms": {"kd": 1.0}})],
+    )
