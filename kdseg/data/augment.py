@@ -84,8 +84,8 @@ def augment(
     hue: largest turn of the colours around the grey axis, in degrees.
     gain: largest relative change of each channel alone (white balance).
     tone: largest bend of a channel's tone curve, x + bend * x * (1 - x). As
-      far as 0.2 it is within 0.02 of a gamma between 0.88 and 1.14, at a
-      fifth of the time of a power.
+      far as 0.2 it is within 0.02 of a gamma between 0.88 and 1.14,
+      without the cost of a power.
 
   Returns:
     image [B, H, W, 3] float32 in [0, 1], bilinear; mask [B, H, W] float32 in

@@ -211,8 +211,8 @@ def _neighbours(
 def _lerp_2x(x: Array, axis: int) -> Array:
   """Doubles one axis: half-pixel centres, edges repeated.
 
-  Has its gradient written out: what XLA derives from the concatenations took
-  two to seven times as long on the CPU.
+  Has its gradient written out: derived from the concatenations, it took 1.6
+  (jax 0.12) to 2 times (0.10) the CPU time on maps of 8 x 32 x 32 x 16.
   """
   before, after = _neighbours(x, x, x, x, axis)
   pair = jnp.stack(
