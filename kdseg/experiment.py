@@ -678,9 +678,8 @@ def score_arms(
 ) -> None:
   """Scores every arm on every test set, once; rows go to scores.csv."""
   path = workdir / "scores.csv"
-  rows, dropped = [], []
-  if path.exists():
-    rows, dropped = scores_lib.recover(path)
+  expected = {test: arrays.ids for test, arrays in data.tests.items()}
+  rows, dropped = scores_lib.recover(path, expected)
   if dropped:
     _LOG.warning("scores.csv: scored again, as cut off: %s", dropped)
   done = set(scores_lib.groups(rows))
@@ -725,6 +724,7 @@ def score_arms(
       scores_lib.append(
         path,
         [{"arm": arm, "seed": seed, "dataset": test, **row} for row in scored],
+        expected,
       )
       _LOG.info(
         "scores: %s seed %d on %s: Dice %.4f",
