@@ -314,8 +314,8 @@ def test_stopped_twice_and_gone_on_is_as_never_stopped(
     if record["stage"] == "students" and record["step"] == 4:
       raise KeyboardInterrupt
 
-  def stop_in_scoring(path, rows):
-    append_rows(path, rows)
+  def stop_in_scoring(*arguments):
+    append_rows(*arguments)
     raise KeyboardInterrupt
 
   with monkeypatch.context() as patch:
