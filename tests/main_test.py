@@ -8,6 +8,7 @@ from absl import flags
 import pytest
 
 from kdseg import checkpoint
+from kdseg import choices
 from kdseg import experiment
 from kdseg import main
 from kdseg import train
@@ -76,6 +77,7 @@ def test_a_run_says_nothing_of_the_kind(started, capsys):
   [
     archives.DataError("no such folder"),
     checkpoint.CheckpointError("another network"),
+    choices.UnknownNameError("did you mean"),
     train.DivergedError("no arm is left"),
     workdir_lib.WorkdirError("in use"),
     ImportError("pip install it"),
