@@ -17,6 +17,7 @@ import ml_collections
 import numpy as np
 from PIL import Image
 import pytest
+import tiny
 
 from kdseg import checkpoint
 from kdseg import experiment
@@ -61,7 +62,7 @@ def make_config(data_dir, **changes):
     "teachers": {"teacher_unet": TEACHER},
     "methods": {
       "none": {},
-      "mbf": {"terms": {"mbf": 1.0}},
+      "mbf": {"terms": {"mbf": 1.0}, "taps": ("low",), "generator": "1x1"},
       # Overflows in its first step.
       "boom": {"terms": {"kd": 1e38}, "warmup": 0.0},
     },
@@ -77,6 +78,12 @@ def make_config(data_dir, **changes):
   }
   entries["evaluation"]["batch_size"] = 8
   return ml_collections.ConfigDict(entries | changes)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled(tmp_path_factory):
+  with tiny.compile_once(tmp_path_factory.mktemp("compiled")):
+    yield
 
 
 @pytest.fixture(scope="module")
@@ -350,11 +357,8 @@ def test_stopped_twice_and_gone_on_is_as_never_stopped(
 def test_arms_that_are_added_are_trained_alone(finished, folder, data_dir):
   workdir = folder / "more"
   shutil.copytree(finished.workdir, workdir)
-  config = make_config(
-    data_dir,
-    arms={"patch_unet": {"methods": ("none", "mbf", "boom"), "seeds": (0,)}},
-  )
-  config.arms.patch_unet_12k = {"methods": ("none",), "seeds": (0,)}
+  config = make_config(data_dir)
+  config.arms.patch_unet.seeds = (0, 1)
   before = snapshot(workdir)
   rows = read_rows(workdir)
 
@@ -370,10 +374,21 @@ def test_arms_that_are_added_are_trained_alone(finished, folder, data_dir):
     assert after[name] == before[name], name
   assert read_rows(workdir)[: len(rows)] == rows
   added = read_rows(workdir)[len(rows) :]
-  assert {row["arm"] for row in added} == {"patch_unet_12k-none"}
-  assert len(added) == 6
-  assert "patch_unet_12k-none" in (workdir / "table.md").read_text()
+  assert {(row["arm"], row["seed"]) for row in added} == {
+    ("patch_unet-none", "1"),
+    ("patch_unet-mbf", "1"),
+  }
+  assert len(added) == 2 * 6
+  assert (workdir / "arms" / "patch_unet-boom-seed1" / "failed.json").exists()
   assert experiment.run(config, workdir) is False
+
+  # The other seed is another network, and not the old one scored again.
+  old, new = (
+    variables_of(workdir, f"patch_unet-none-seed{seed}") for seed in (0, 1)
+  )
+  assert any(
+    (a != b).any() for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new))
+  )
 
 
 def test_a_group_that_lost_an_arm_half_way_says_which(folder):
@@ -454,16 +469,13 @@ def test_what_was_computed_is_what_the_teachers_answer(joint):
   teacher = experiment.join_teachers(joint.config, teachers)
   [cached] = (joint.workdir / "cache").glob("taught-*")
   stored = {path.stem: np.load(path) for path in cached.glob("*.npy")}
-  assert set(stored) == {"logits", "low", "high"}
+  assert set(stored) == {"logits", "low"}
   assert stored["low"].shape == (8, 24, 8, 8, 3)
-  for orientation in (0, 5):
-    image = experiment.cache.orient(data.train.image[:4], orientation)
-    out = teacher.network.apply(
-      teacher.variables, image.astype(np.float32) / 255
-    )
-    np.testing.assert_allclose(
-      stored["logits"][orientation, :4], out["logits"], rtol=0.02, atol=0.02
-    )
+  image = experiment.cache.orient(data.train.image[:4], 5)
+  out = teacher.network.apply(teacher.variables, image.astype(np.float32) / 255)
+  np.testing.assert_allclose(
+    stored["logits"][5, :4], out["logits"], rtol=0.02, atol=0.02
+  )
 
 
 def test_a_finished_joint_run_is_left_as_it_is(joint):

@@ -29,6 +29,12 @@ SETTING = stage.Setting(
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled(tmp_path_factory):
+  with tiny.compile_once(tmp_path_factory.mktemp("compiled")):
+    yield
+
+
 def make_arrays(count=16, split="train"):
   image, mask = tiny.draw_lesions(count, seed=len(split))
   return pipeline.Arrays(

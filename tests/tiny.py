@@ -1,9 +1,11 @@
 """The smallest networks that keep the contract, and drawn data for them."""
 
+import contextlib
 from typing import Any
 
 from flax import linen as nn
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 import jax.numpy as jnp
 import numpy as np
 
@@ -82,6 +84,26 @@ def draw_lesions(count, seed=0):
     images.append(np.clip(image + noise, 0, 255).astype(np.uint8))
     masks.append(mask.astype(np.uint8))
   return np.stack(images), np.stack(masks)
+
+
+@contextlib.contextmanager
+def compile_once(directory):
+  """Compiles equal programs once, as a second start of a run has them all."""
+  names = (
+    "jax_compilation_cache_dir",
+    "jax_persistent_cache_min_compile_time_secs",
+  )
+  before = {name: getattr(jax.config, name) for name in names}
+  # Whether there is a cache is looked up once, and again after a reset.
+  compilation_cache.reset_cache()
+  for name, value in zip(names, (str(directory), 0.0)):
+    jax.config.update(name, value)
+  try:
+    yield
+  finally:
+    for name, value in before.items():
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 def make_distiller(method, *, student=3, teacher=5):
