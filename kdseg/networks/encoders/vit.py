@@ -128,11 +128,9 @@ class ViT(nn.Module):
     grids = []
     for i in range(max(self.taps)):
       x = Block(self.heads, self.dtype, name=f"block_{i}")(x)
-      if i + 1 <= self.trained_from:
-        # What is read here is read behind frozen blocks alone.
+      if i < self.trained_from:
+        # After each frozen block, as a tap may read the first of several.
         x = jax.lax.stop_gradient(x)
       if i + 1 in self.taps:
-        frozen = i < self.trained_from
-        seen = jax.lax.stop_gradient(x) if frozen else x
-        grids.append(seen[:, 1:].reshape(batch, grid, grid, self.width))
+        grids.append(x[:, 1:].reshape(batch, grid, grid, self.width))
     return grids
