@@ -135,6 +135,18 @@ def variables_of(workdir, arm):
   return checkpoint.load_variables(workdir / "arms" / arm)[0]
 
 
+def assert_same_checkpoints(*workdirs):
+  found = []
+  for workdir in workdirs:
+    folder = workdir / "checkpoints" / "arms" / "000" / "steps"
+    with checkpoint.open_checkpoints(folder) as manager:
+      found.append(checkpoint.restore_latest(manager))
+  (step, tree, extra), (other_step, other_tree, other_extra) = found
+  assert step == other_step == 6
+  assert extra == other_extra
+  jax.tree.map(np.testing.assert_array_equal, tree, other_tree)
+
+
 # ------------------------------------------------------------------ a whole run
 
 
@@ -351,6 +363,8 @@ def test_stopped_twice_and_gone_on_is_as_never_stopped(
       variables_of(workdir, arm),
       variables_of(finished.workdir, arm),
     )
+  # The last state too, as the best one may be from before the stop.
+  assert_same_checkpoints(workdir, finished.workdir)
   assert experiment.run(finished.config, workdir) is False
 
 

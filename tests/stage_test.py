@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import jax
@@ -174,6 +175,25 @@ def test_a_channel_that_never_varies_is_not_divided_by_nothing():
   values[..., 1] = 4.0
   steady, varied = measure(values)["low"][1], measure(values)["low"][0]
   np.testing.assert_allclose(steady, 1e-3 * varied, rtol=1e-5)
+
+
+# --------------------------------------------------------------------- prepare
+
+COLOURS = ("brightness", "contrast", "saturation", "hue", "gain", "tone")
+
+
+@pytest.mark.parametrize("oriented", [False, True])
+def test_what_was_oriented_before_is_not_moved_again(oriented):
+  setting = dataclasses.replace(SETTING, augment=dict.fromkeys(COLOURS, 0.0))
+  prepare = stage._make_prepare(setting, None, None, oriented)
+  image, mask = tiny.draw_lesions(8)
+  prepared = prepare(0, step_lib.shard({"image": image, "mask": mask}))
+  found = np.asarray(prepared["mask"]).reshape(mask.shape)
+  assert (found == mask).all() == oriented
+  if oriented:
+    np.testing.assert_allclose(
+      np.asarray(prepared["image"]).reshape(image.shape), image / 255, atol=1e-6
+    )
 
 
 # -------------------------------------------------------------------- training
