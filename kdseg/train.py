@@ -236,9 +236,10 @@ def _report(
   means = {}
   for name in live:
     keys = window[0][2][name].keys()
+    # A step that was left out has no part in the means, and NaN is no JSON.
+    whole = [v[name] for _, _, v in window if v[name]["finite"]]
     means[name] = {
-      key: float(np.mean([values[name][key] for _, _, values in window]))
-      for key in keys
+      key: float(np.mean([values[key] for values in whole])) for key in keys
     }
     log({"stage": stage, "arm": name, "step": done, **means[name]})
   elapsed = time.monotonic() - started - spent

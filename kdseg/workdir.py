@@ -18,8 +18,6 @@ import ml_collections
 
 from kdseg import checkpoint
 
-# What a finished workdir may still grow by.
-GROWING = ("arms", "methods")
 PACKAGES = (
   "kdseg",
   "jax",

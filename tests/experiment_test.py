@@ -549,6 +549,17 @@ def test_arms_are_planned_seed_by_seed(data_dir):
   ]
 
 
+@pytest.mark.parametrize("part", ["data", "evaluation"])
+def test_a_batch_that_the_devices_cannot_share_stops_before_anything_is_made(
+  part, data_dir, tmp_path
+):
+  config = make_config(data_dir)
+  config[part].batch_size = 6
+  with pytest.raises(ValueError, match=rf"{part}\.batch_size is 6.*devices, 4"):
+    experiment.run(config, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
 def options(**changes):
   return {**TEACHER, **changes}
 

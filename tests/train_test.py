@@ -235,6 +235,18 @@ def test_skipping_goes_on_after_a_lone_bad_batch_and_saves_it(caplog):
   assert "a2, b2" in caplog.text
 
 
+def test_a_skipped_step_has_no_part_in_the_means_that_are_logged():
+  arm, _ = make_arm(bad_steps=(2,))
+  course = Course({"x": arm})
+  course.run(6, save_every=0, on_non_finite="skip")
+  logged = [r for r in course.records if "task" in r]
+  assert len(logged) == 3
+  for record in logged:
+    assert all(
+      math.isfinite(v) for v in record.values() if isinstance(v, float)
+    )
+
+
 def test_skipping_ends_when_a_whole_interval_was_skipped():
   arm, seen = make_arm(bad_steps=(2, 3))
   with pytest.raises(train.DivergedError):
