@@ -615,7 +615,7 @@ def _make_teaching(
     if needing:
       raise ValueError("methods with terms need a teacher: set distil_from")
     return Teaching()
-  taps = sorted({tap for m in needing if m.feature_terms for tap in m.taps})
+  taps = sorted({tap for m in needing if m.needs_taps for tap in m.taps})
   teach = step_lib.make_teach(
     teacher.network, tuple(taps), channels=config.taught_channels
   )

@@ -11,15 +11,58 @@ import jax.numpy as jnp
 
 from kdseg import choices
 from kdseg import keys
+from kdseg.losses import attention
 from kdseg.losses import boundary
 from kdseg.losses import features
+from kdseg.losses import grids
 from kdseg.losses import logits as logit_losses
+from kdseg.losses import relations
 from kdseg.losses import segmentation
 
 Array = jax.Array
 
-FEATURE_TERMS = ("mbf", "m2bf", "mgd", "fitnet")
-LOGIT_TERMS = ("kd", "cwd")
+# Compare features tap by tap, the student's aligned by layers that are trained
+# along.
+FEATURE_TERMS = ("mbf", "m2bf", "mgd", "fitnet", "fgd", "maskd")
+# Compare what features of any width have in common; nothing is trained along.
+RELATION_TERMS = ("at", "skd_pa", "ifvd", "cirkd_lite", "emkd")
+# Compare logits.
+LOGIT_TERMS = ("kd", "cwd", "dist", "bpkd", "ultralbm")
+TERMS = FEATURE_TERMS + RELATION_TERMS + LOGIT_TERMS
+# One number for all taps together.
+_WHOLE_TERMS = (*LOGIT_TERMS, "emkd")
+
+# Terms without a published weight that fits a mean over the map, or any size
+# of features: "calibrate" brings them to the size of the segmentation loss.
+CALIBRATED_TERMS = ("mbf", "m2bf", "mgd", "fitnet", "fgd")
+# With which weight each term starts: that of its source, where features are
+# averaged; 1 where the source's parts have their weights inside of the term,
+# or where the term is calibrated. docs/methods.md has the sources.
+PUBLISHED_WEIGHTS: Mapping[str, float] = {
+  "mbf": 1.0,
+  "m2bf": 1.0,
+  "mgd": 1.0,
+  "fitnet": 1.0,
+  "fgd": 1.0,
+  "maskd": 1.0,
+  "at": 1e4,
+  "skd_pa": 10.0,
+  "ifvd": 20.0,
+  "cirkd_lite": 1.0,
+  "emkd": 1.0,
+  "kd": 1.0,
+  "cwd": 3.0,
+  "dist": 1.0,
+  "bpkd": 1.0,
+  "ultralbm": 1.0,
+}
+
+SEGMENTATION_TERMS: Mapping[str, Callable[[Array, Array], Array]] = {
+  "bce": segmentation.bce,
+  "smoothed_bce": functools.partial(segmentation.bce, label_smoothing=0.1),
+  "dice": segmentation.soft_dice,
+  "focal": segmentation.focal,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +74,14 @@ class Method:
   with the side.
 
   Attributes:
-    terms: weight by term. Feature terms (mbf, m2bf, mgd, fitnet) are first
-      brought to the size of the segmentation loss (see `balance`); logit
-      terms (kd, cwd) are taken as they are. Empty: no distillation.
-    taps: which named features of the networks the feature terms compare.
+    terms: weight by term; see `PUBLISHED_WEIGHTS` for the usual ones. Those of
+      `CALIBRATED_TERMS` are first brought to the size of the segmentation loss
+      (see `balance`), the others are taken as they are. Empty: no distillation.
+    segmentation: weights of the segmentation terms, where this method has a
+      task loss of its own; empty for that of the run. With "smoothed_bce" in
+      place of "bce" and no terms it is label smoothing, the control that needs
+      no teacher.
+    taps: which named features of the networks are compared.
     region: where features are hidden; see `boundary.region`.
     radius: half width of the boundary band.
     mask_ratio: probability that a cell of the region is hidden.
@@ -52,16 +99,19 @@ class Method:
     head_weights: uniform, last, geometric.
     band_schedule: of the radius over heads: const, narrowing, widening.
     ratio_schedule: of the mask ratio over heads: const, increasing.
-    balance: "calibrate" divides a feature term by its mean over the first
-      `calibration_steps` steps and multiplies it with the segmentation
-      loss's; "fixed" takes it as it is.
+    balance: "calibrate" divides a term of `CALIBRATED_TERMS` by its mean over
+      the first `calibration_steps` steps and multiplies it with the
+      segmentation loss's; "fixed" takes it as it is.
     calibration_steps: after which the balance is frozen.
     warmup: share of the training over which distillation is faded in.
     kd_temperature: of kd.
     cwd_temperature: of cwd.
+    dist_inter_weight: of the part of dist that two classes make degenerate.
+    maskd_tokens: receptive tokens a tap, of maskd.
   """
 
   terms: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  segmentation: Mapping[str, float] = dataclasses.field(default_factory=dict)
   taps: tuple[str, ...] = ("low", "high")
   region: str = "gt_band"
   radius: float = 5.0
@@ -85,19 +135,22 @@ class Method:
   warmup: float = 0.05
   kd_temperature: float = 4.0
   cwd_temperature: float = 4.0
+  dist_inter_weight: float = 0.0
+  maskd_tokens: int = 8
 
   def __post_init__(self) -> None:
     for name, weight in self.terms.items():
-      if name not in FEATURE_TERMS + LOGIT_TERMS:
+      if name not in TERMS:
         raise ValueError(
-          f"unknown distillation term {name!r}; known: "
-          f"{', '.join(FEATURE_TERMS + LOGIT_TERMS)}"
+          f"unknown distillation term {name!r}; known: {', '.join(TERMS)}"
         )
       if not weight > 0:
         raise ValueError(
           f"weight of {name} must be positive, not {weight}; leave the term "
           "out to switch it off"
         )
+    if self.segmentation:
+      _check_segmentation(self.segmentation)
     for name, known in _CHOICES.items():
       if getattr(self, name) not in known:
         raise ValueError(
@@ -111,11 +164,23 @@ class Method:
       )
     if self.heads < 1 or self.granularity < 1 or self.radius < 0:
       raise ValueError("heads and granularity start at 1, radius at 0")
+    if self.maskd_tokens < 1 or self.dist_inter_weight < 0:
+      raise ValueError("maskd_tokens start at 1, dist_inter_weight at 0")
 
   @property
   def feature_terms(self) -> tuple[str, ...]:
     """Names of the terms that need aligned features."""
     return tuple(name for name in self.terms if name in FEATURE_TERMS)
+
+  @property
+  def needs_taps(self) -> bool:
+    """Whether the teacher's features are needed, or its logits will do."""
+    return not set(self.terms) <= set(LOGIT_TERMS)
+
+  @property
+  def token_count(self) -> int:
+    """How many receptive tokens a tap has; 0 where none is needed."""
+    return self.maskd_tokens if "maskd" in self.terms else 0
 
   @property
   def generator_heads(self) -> int:
@@ -155,6 +220,15 @@ def make_method(options: Mapping[str, Any]) -> Method:
   )
 
 
+def _check_segmentation(weights: Mapping[str, float]) -> None:
+  unknown = set(weights) - set(SEGMENTATION_TERMS)
+  if unknown or not weights:
+    raise ValueError(
+      f"segmentation loss takes weights of {sorted(SEGMENTATION_TERMS)}, not "
+      f"{sorted(weights)}"
+    )
+
+
 def segmentation_loss(
   logits: Array, labels: Array, weights: Mapping[str, float]
 ) -> tuple[Array, dict[str, Array]]:
@@ -163,23 +237,15 @@ def segmentation_loss(
   Args:
     logits: [B, H, W] of the network that is trained.
     labels: [B, H, W] in {0, 1}.
-    weights: by term: bce, dice, focal.
+    weights: by term of `SEGMENTATION_TERMS`.
 
   Raises:
     ValueError: on an unknown term.
   """
-  known = {
-    "bce": segmentation.bce,
-    "dice": segmentation.soft_dice,
-    "focal": segmentation.focal,
+  _check_segmentation(weights)
+  parts = {
+    name: jnp.mean(SEGMENTATION_TERMS[name](logits, labels)) for name in weights
   }
-  unknown = set(weights) - set(known)
-  if unknown or not weights:
-    raise ValueError(
-      f"segmentation loss takes weights of {sorted(known)}, not "
-      f"{sorted(weights)}"
-    )
-  parts = {name: jnp.mean(known[name](logits, labels)) for name in weights}
   return sum(weights[name] * parts[name] for name in weights), parts
 
 
@@ -190,7 +256,7 @@ def distillation_terms(
   rng: Array,
   *,
   method: Method,
-  distiller: Callable[..., Array],
+  distiller: Callable[..., Array] | None,
   teacher_std: Mapping[str, Array] | None = None,
 ) -> dict[str, Array]:
   """Returns every distillation term of `method`, unweighted batch means, [].
@@ -203,7 +269,8 @@ def distillation_terms(
     rng: one key, or one an image; the masks depend on nothing else.
     method: which terms, and their switches.
     distiller: `networks.distiller.Distiller.apply` with its parameters bound;
-      called as `distiller(*args, method="align" | "generate" | "carry")`.
+      called as `distiller(*args, method="align" | "generate" | ...)`; None
+      without feature terms.
     teacher_std: by tap, [C], for `normalise="std"`.
 
   Returns:
@@ -220,15 +287,71 @@ def distillation_terms(
       distiller=distiller,
       teacher_std=teacher_std,
     )
-  if "kd" in method.terms:
-    per_image["kd"] = logit_losses.kd(
-      out["logits"], taught["logits"], temperature=method.kd_temperature
-    )
-  if "cwd" in method.terms:
-    per_image["cwd"] = logit_losses.cwd(
-      out["logits"], taught["logits"], temperature=method.cwd_temperature
-    )
+  per_image |= _relation_terms(out, taught, labels, method=method)
+  per_image |= _logit_terms(
+    out["logits"], taught["logits"], labels, method=method
+  )
   return {name: jnp.mean(value) for name, value in per_image.items()}
+
+
+def _logit_terms(
+  student: Array, teacher: Array, labels: Array, *, method: Method
+) -> dict[str, Array]:
+  """Returns the terms that compare logits; {term: [B]}."""
+  losses = {
+    "kd": lambda: logit_losses.kd(
+      student, teacher, temperature=method.kd_temperature
+    ),
+    "cwd": lambda: logit_losses.cwd(
+      student, teacher, temperature=method.cwd_temperature
+    ),
+    "dist": lambda: logit_losses.dist(
+      student, teacher, inter_weight=method.dist_inter_weight
+    ),
+    "bpkd": lambda: logit_losses.bpkd(
+      student,
+      teacher,
+      labels,
+      radius=boundary.radius_at(labels.shape[1], 3.0),
+    ),
+    "ultralbm": lambda: logit_losses.ultralbm(student, teacher),
+  }
+  return {name: loss() for name, loss in losses.items() if name in method.terms}
+
+
+def _relation_terms(
+  out: Mapping[str, Array],
+  taught: Mapping[str, Array],
+  labels: Array,
+  *,
+  method: Method,
+) -> dict[str, Array]:
+  """Returns the terms that need no alignment but the grid; {name: [B]}."""
+  wanted = [name for name in method.terms if name in RELATION_TERMS]
+  if not wanted:
+    return {}
+  target = {tap: taught[tap] for tap in method.taps}
+  seen = {
+    tap: grids.resize_features(out[tap], *target[tap].shape[1:3])
+    for tap in method.taps
+  }
+  losses = {
+    "at": relations.at,
+    "skd_pa": relations.skd_pa,
+    "ifvd": functools.partial(relations.ifvd, labels=labels),
+    "cirkd_lite": relations.cirkd_lite,
+  }
+  terms = {
+    f"{name}_{tap}": losses[name](seen[tap], target[tap])
+    for name in wanted
+    if name in losses
+    for tap in method.taps
+  }
+  if "emkd" in wanted:
+    terms["emkd"] = relations.emkd(
+      out["logits"], taught["logits"], seen, target, labels
+    )
+  return terms
 
 
 def _feature_terms(
@@ -268,6 +391,20 @@ def _feature_terms(
         mask_ratio=method.mask_ratio,
         teacher_std=std.get(tap),
         **hiding,
+      )
+  if "fgd" in method.terms:
+    for tap in taps:
+      terms[f"fgd_{tap}"] = attention.fgd(aligned[tap], target[tap], labels)
+  if "maskd" in method.terms:
+    for tap in taps:
+      tokens = distiller(tap, method="receptive_tokens")
+      masks = attention.token_masks(target[tap], tokens)
+      terms[f"maskd_{tap}"] = attention.maskd(aligned[tap], target[tap], masks)
+      terms[f"maskd_tokens_{tap}"] = attention.token_fit(
+        masks,
+        target[tap],
+        labels,
+        probe=functools.partial(distiller, tap, method="probe"),
       )
   name = next((t for t in ("mbf", "m2bf") if t in method.terms), "")
   if not name:
@@ -332,15 +469,19 @@ def _feature_terms(
 def term_names(method: Method) -> dict[str, tuple[str, ...]]:
   """Returns, for each of the method's terms, the names it is measured under.
 
-  A feature term is measured, balanced and logged tap by tap.
+  A term that compares features is measured, balanced and logged tap by tap,
+  and so is what trains the tokens of maskd.
   """
   names = {}
   for term in method.terms:
-    whole = term in LOGIT_TERMS or (
+    whole = term in _WHOLE_TERMS or (
       term == "m2bf" and method.topology == "multiscale"
     )
+    parts = ("maskd", "maskd_tokens") if term == "maskd" else (term,)
     names[term] = (
-      (term,) if whole else tuple(f"{term}_{tap}" for tap in method.taps)
+      (term,)
+      if whole
+      else tuple(f"{part}_{tap}" for part in parts for tap in method.taps)
     )
   return names
 
@@ -350,7 +491,9 @@ def balanced_names(method: Method) -> tuple[str, ...]:
   if method.balance != "calibrate":
     return ()
   names = term_names(method)
-  return tuple(n for term in method.feature_terms for n in names[term])
+  return tuple(
+    name for term in names if term in CALIBRATED_TERMS for name in names[term]
+  )
 
 
 def update_balance(

@@ -189,7 +189,7 @@ def train_together(
         step_lib.make_train_step(
           contender.network,
           tx,
-          segmentation=setting.segmentation,
+          segmentation=contender.method.segmentation or setting.segmentation,
           steps=steps,
           method=contender.method,
           distiller=contender.distiller,
@@ -360,7 +360,7 @@ def make_distiller(
   Raises:
     ValueError: if the student or the teacher lacks a tap.
   """
-  if not method.feature_terms:
+  if not method.needs_taps:
     return None, ((), ())
   image = jnp.zeros((1, size, size, 3), jnp.float32)
   out = jax.eval_shape(
@@ -372,6 +372,8 @@ def make_distiller(
         raise ValueError(
           f"the {who} has no tap {tap!r}, only {', '.join(sorted(outputs))}"
         )
+  if not method.feature_terms:
+    return None, ((), ())
   module = distiller_lib.Distiller(
     taps={tap: taught[tap].shape[-1] for tap in method.taps},
     heads=method.generator_heads,
@@ -379,6 +381,7 @@ def make_distiller(
     width=method.generator_width,
     share_generators=method.share_generators,
     topology=method.topology,
+    tokens=method.token_count,
   )
   features = {tap: out[tap] for tap in method.taps}
   grids = {tap: taught[tap].shape[1:3] for tap in method.taps}

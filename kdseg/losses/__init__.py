@@ -11,7 +11,12 @@
   * what is computed is float32, whatever comes in;
   * a shape that does not fit raises ValueError when the function is traced.
 
-`segmentation` compares with the labels, `logits` with the teacher's logits,
-`features` with the teacher's features. `boundary` says where the lesion's edge
-is. `keys` and `reduce` are their small common parts.
+Weights that a source sums its parts with are hyper-parameters of that loss, the
+published ones by default; the weight of the whole is not.
+
+`segmentation` compares with the labels, `logits` with the teacher's logits.
+`features` and `attention` compare with the teacher's features, once the
+student's are aligned; `relations` compares what features of any width have in
+common. `boundary` says where the lesion's edge is. `grids`, `reduce` and
+`keys` are their small common parts. docs/methods.md has all of them on a page.
 """

@@ -102,11 +102,6 @@ def _hide(features: Array, keep: Array) -> Array:
   return jnp.where(keep[..., None], features, jnp.zeros((), features.dtype))
 
 
-def _unit(x: Array) -> Array:
-  """Divides each cell's channels by their norm; a zero cell stays zero."""
-  return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), -1, keepdims=True) + 1e-12)
-
-
 def _target(
   teacher_feat: Array, normalise: str, teacher_std: Array | None
 ) -> Array:
@@ -117,7 +112,7 @@ def _target(
       raise ValueError('normalise="std" needs teacher_std, one a channel')
     chex.assert_shape(teacher_std, target.shape[-1:], exception_type=ValueError)
     return target / jax.lax.stop_gradient(teacher_std).astype(jnp.float32)
-  return _unit(target) if normalise == "l2" else target
+  return reduce.unit(target) if normalise == "l2" else target
 
 
 def _squared_error(
@@ -134,7 +129,7 @@ def _squared_error(
   _check_choice("loss_region", loss_region, LOSS_REGIONS)
   restored = restored.astype(jnp.float32)
   if normalise == "l2":
-    restored = _unit(restored)
+    restored = reduce.unit(restored)
   error = jnp.square(restored - target)
   if loss_region == "all":
     return reduce.mean_per_image(error)

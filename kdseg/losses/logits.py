@@ -4,10 +4,13 @@ Each network gives one logit z a pixel. Two-class forms take it as [0, z]: a
 softmax over a single channel would be 1 everywhere, and its loss 0.
 """
 
+from collections.abc import Sequence
+
 import chex
 import jax
 import jax.numpy as jnp
 
+from kdseg.losses import boundary
 from kdseg.losses import reduce
 
 Array = jax.Array
@@ -27,6 +30,25 @@ def _scaled(
     student_logits.astype(jnp.float32) / temperature,
     teacher_logits.astype(jnp.float32) / temperature,
   )
+
+
+def _pixel_divergence(student: Array, teacher: Array) -> Array:
+  """KL of the two-class softmax of each pixel, teacher first; elementwise."""
+  lesion = jax.nn.sigmoid(teacher) * (
+    jax.nn.log_sigmoid(teacher) - jax.nn.log_sigmoid(student)
+  )
+  skin = jax.nn.sigmoid(-teacher) * (
+    jax.nn.log_sigmoid(-teacher) - jax.nn.log_sigmoid(-student)
+  )
+  return lesion + skin
+
+
+def _spatial_divergence(student: Array, teacher: Array) -> Array:
+  """KL of the softmax over an image's positions; [B, H, W] to [B]."""
+  log_student = jax.nn.log_softmax(student, (1, 2))
+  log_teacher = jax.nn.log_softmax(teacher, (1, 2))
+  divergence = jnp.exp(log_teacher) * (log_teacher - log_student)
+  return jnp.sum(divergence, (1, 2))
 
 
 def kd(
@@ -50,13 +72,9 @@ def kd(
     ValueError: if a shape does not fit, or `temperature` is not positive.
   """
   student, teacher = _scaled(student_logits, teacher_logits, temperature)
-  lesion = jax.nn.sigmoid(teacher) * (
-    jax.nn.log_sigmoid(teacher) - jax.nn.log_sigmoid(student)
+  return temperature**2 * reduce.mean_per_image(
+    _pixel_divergence(student, teacher)
   )
-  skin = jax.nn.sigmoid(-teacher) * (
-    jax.nn.log_sigmoid(-teacher) - jax.nn.log_sigmoid(-student)
-  )
-  return temperature**2 * reduce.mean_per_image(lesion + skin)
 
 
 def cwd(
@@ -81,7 +99,184 @@ def cwd(
     ValueError: if a shape does not fit, or `temperature` is not positive.
   """
   student, teacher = _scaled(student_logits, teacher_logits, temperature)
-  log_student = jax.nn.log_softmax(student, (1, 2))
-  log_teacher = jax.nn.log_softmax(teacher, (1, 2))
-  divergence = jnp.exp(log_teacher) * (log_teacher - log_student)
-  return temperature**2 * jnp.sum(divergence, (1, 2))
+  return temperature**2 * _spatial_divergence(student, teacher)
+
+
+def _standardise(values: Array, axes: tuple[int, ...]) -> Array:
+  """Zero mean and unit variance along `axes`; constants become 0."""
+  values = values - jnp.mean(values, axes, keepdims=True)
+  variance = jnp.mean(jnp.square(values), axes, keepdims=True)
+  return values * jax.lax.rsqrt(variance + 1e-8)
+
+
+def dist(
+  student_logits: Array,
+  teacher_logits: Array,
+  *,
+  inter_weight: float = 0.0,
+  temperature: float = 1.0,
+) -> Array:
+  """How little the student's probabilities correlate with the teacher's.
+
+  DIST (Huang et al., NeurIPS 2022): one minus the correlation of
+  Pearson, along the positions for each class (intra) and along the classes for
+  each position (inter). A linear change of the probabilities costs nothing.
+
+  Differences from the source: the intra term is taken image by image, not over
+  the pixels of the batch; both classes have the same one, so it is computed
+  once; and inter is off, as two numbers that sum to 1 always correlate by 1 or
+  -1, and have no gradient. One minus the correlation is computed as half the
+  squared distance of the standardised values, which rounding keeps from being
+  negative; so a constant map costs 1/2 beside one that is not.
+
+  Args:
+    student_logits: [B, H, W].
+    teacher_logits: [B, H, W].
+    inter_weight: weight of the inter term, published 1.
+    temperature: t, positive; logits are divided by it, the loss multiplied by
+      its square.
+
+  Returns:
+    [B] float32, from 0 to 2 times `1 + inter_weight`.
+
+  Raises:
+    ValueError: if a shape does not fit, or `temperature` is not positive.
+  """
+  student, teacher = (
+    jax.nn.sigmoid(z)
+    for z in _scaled(student_logits, teacher_logits, temperature)
+  )
+
+  def distance(along: tuple[int, ...], axes: tuple[int, ...]) -> Array:
+    difference = _standardise(classes(student), along) - _standardise(
+      classes(teacher), along
+    )
+    return 0.5 * jnp.mean(jnp.square(difference), axes)
+
+  def classes(lesion: Array) -> Array:
+    return jnp.stack([1.0 - lesion, lesion], -1)
+
+  loss = distance((1, 2), (1, 2, 3))
+  if inter_weight:
+    loss = loss + inter_weight * distance((3,), (1, 2, 3))
+  return temperature**2 * loss
+
+
+def bpkd(
+  student_logits: Array,
+  teacher_logits: Array,
+  labels: Array,
+  *,
+  radius: int = 3,
+  edge_weight: float = 50.0,
+  body_weight: float = 20.0,
+  class_weight: float = 2.0,
+  temperature: float = 1.0,
+) -> Array:
+  """Boundary-privileged distillation: the edge by pixels, the rest as a shape.
+
+  BPKD (Liu et al., WACV 2024, arXiv 2306.08075). E is where the labels change
+  within a window of 7 pixels. Along E the divergence of `kd`, averaged over E;
+  elsewhere that of `cwd`, of logits that are 0 along E.
+
+  Differences from the source: E is not averaged to a coarser grid, as the
+  logits have the labels' size, so it is 0 or 1; the two classes have the same
+  edge, so the class weight of the source multiplies all of it; and the body
+  has one channel, the lesion's log-odds, where the source takes the mean over
+  the classes.
+
+  Args:
+    student_logits: [B, H, W].
+    teacher_logits: [B, H, W].
+    labels: [B, H, W], 0 or 1.
+    radius: of the window, in pixels; it has `2 * radius + 1` of them a side.
+    edge_weight: of the edge term.
+    body_weight: of the body term.
+    class_weight: of the classes in the edge term.
+    temperature: of both terms, positive.
+
+  Returns:
+    [B] float32; without an edge, the body term alone.
+
+  Raises:
+    ValueError: if a shape does not fit, `radius` is negative, or `temperature`
+      is not positive.
+  """
+  student, teacher = _scaled(student_logits, teacher_logits, temperature)
+  chex.assert_equal_shape([labels, student], exception_type=ValueError)
+  edge = boundary.boundary_band(labels, radius=radius)
+  body = 1.0 - edge
+  at_edge = reduce.weighted_mean_per_image(
+    _pixel_divergence(student, teacher), edge
+  )
+  elsewhere = _spatial_divergence(student * body, teacher * body)
+  return temperature**2 * (
+    edge_weight * class_weight * at_edge + body_weight * elsewhere
+  )
+
+
+def _sobel_magnitude(maps: Array) -> Array:
+  """Length of the Sobel gradient of [B, H, W]; the outermost pixels repeat."""
+  height, width = maps.shape[1:]
+  padded = jnp.pad(maps, ((0, 0), (1, 1), (1, 1)), mode="edge")
+  smooth_rows = sum(
+    weight * padded[:, row : row + height]
+    for row, weight in enumerate((1.0, 2.0, 1.0))
+  )
+  smooth_columns = sum(
+    weight * padded[:, :, column : column + width]
+    for column, weight in enumerate((1.0, 2.0, 1.0))
+  )
+  across = smooth_rows[:, :, 2:] - smooth_rows[:, :, :-2]
+  down = smooth_columns[:, 2:] - smooth_columns[:, :-2]
+  # The small number gives a flat place a gradient of 0, not one of 0 / 0.
+  return jnp.sqrt(jnp.square(across) + jnp.square(down) + 1e-12)
+
+
+def ultralbm(
+  student_logits: Array,
+  teacher_logits: Array,
+  *,
+  weights: Sequence[float] = (0.5, 0.3, 0.2),
+  pixel_scale: float = 8.0,
+  temperature: float = 0.5,
+) -> Array:
+  """Pixels, edges and layout of the teacher's probability map.
+
+  The distillation of UltraLBM-UNet-T (Fan et al., 2025, arXiv 2512.21584), made
+  for skin lesions: 8 times the divergence of the pixels' probabilities, the
+  squared difference of the lengths of their Sobel gradients, and the divergence
+  of the softmax over the positions of `probability / t`, weighted and added.
+
+  Differences from the source, which is known from its formulas: the Sobel
+  windows repeat the outermost pixels, so the frame is no edge; and its task
+  loss, BCE + Dice of weight 1, is the segmentation loss of the run.
+
+  Args:
+    student_logits: [B, H, W].
+    teacher_logits: [B, H, W].
+    weights: of the three parts.
+    pixel_scale: what the first part is multiplied with.
+    temperature: t of the third part, positive.
+
+  Returns:
+    [B] float32.
+
+  Raises:
+    ValueError: if a shape does not fit, there are not three weights, or
+      `temperature` is not positive.
+  """
+  if len(weights) != 3:
+    raise ValueError(f"weights must be three: {weights}")
+  if temperature <= 0:
+    raise ValueError(f"temperature must be positive: {temperature}")
+  student, teacher = _scaled(student_logits, teacher_logits, 1.0)
+  seen, wanted = jax.nn.sigmoid(student), jax.nn.sigmoid(teacher)
+  parts = (
+    pixel_scale * reduce.mean_per_image(_pixel_divergence(student, teacher)),
+    reduce.mean_per_image(
+      jnp.square(_sobel_magnitude(seen) - _sobel_magnitude(wanted))
+    ),
+    _spatial_divergence(seen / temperature, wanted / temperature),
+  )
+  return sum(weight * part for weight, part in zip(weights, parts))

@@ -1,4 +1,4 @@
-"""Means over an image, guarded once."""
+"""Means over an image and norms over channels, guarded once."""
 
 import jax
 import jax.numpy as jnp
@@ -30,3 +30,18 @@ def weighted_mean_per_image(values: Array, weights: Array) -> Array:
   axes = tuple(range(1, values.ndim))
   total = jnp.sum(weights, axes)
   return jnp.sum(values * weights, axes) / jnp.where(total > 0, total, 1.0)
+
+
+def unit(x: Array) -> Array:
+  """Divides each vector along the last axis by its norm.
+
+  Args:
+    x: [..., C].
+
+  Returns:
+    [..., C] float32. A vector shorter than 1e-6 stays as it is, so that one of
+    zeros has a gradient that is finite.
+  """
+  x = x.astype(jnp.float32)
+  square = jnp.sum(jnp.square(x), -1, keepdims=True)
+  return x * jax.lax.rsqrt(jnp.where(square > 1e-12, square, 1.0))

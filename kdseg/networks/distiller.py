@@ -1,9 +1,10 @@
 """What distillation trains beside the student, and drops after it.
 
 The student's features are aligned with the teacher's (grid and channels), and
-small generators restore what `losses.features` hides. All of it lies in one
-subtree of the parameters, {tap: {"align": ..., "generator_0": ...}}, and none
-of it is part of the exported student.
+small generators restore what `losses.features` hides; the receptive tokens of
+`losses.attention` say which cells to look at. All of it lies in one subtree of
+the parameters, {tap: {"align": ..., "generator_0": ...}}, and none of it is
+part of the exported student.
 """
 
 from collections.abc import Mapping
@@ -141,13 +142,18 @@ class Generator(nn.Module):
 
 
 class TapHeads(nn.Module):
-  """The parameters of one tap: alignment, generators, and a way from deeper."""
+  """The parameters of one tap: alignment, generators, way from deeper, tokens.
+
+  The tokens are vectors of the teacher's channels, and the probe tells from
+  what they leave of its features where the lesion is.
+  """
 
   channels: int
   generators: int
   kind: str
   width: int
   carries: bool
+  token_count: int
   dtype: Any
 
   def setup(self) -> None:
@@ -158,10 +164,17 @@ class TapHeads(nn.Module):
     ]
     if self.carries:
       self.carry = Align(self.channels, self.dtype)
+    if self.token_count:
+      self.tokens = self.param(
+        "tokens",
+        nn.initializers.normal(self.channels**-0.5),
+        (self.token_count, self.channels),
+      )
+      self.probe = nn.Dense(1, dtype=self.dtype)
 
 
 class Distiller(nn.Module):
-  """Alignments and generators of all taps.
+  """Alignments, generators and tokens of all taps.
 
   Attributes:
     taps: {tap: channels compared}; see `target_channels`. In a "multiscale"
@@ -173,6 +186,7 @@ class Distiller(nn.Module):
     share_generators: all heads of a tap use its "generator_0".
     topology: "cascade", "parallel" or "multiscale"; the first two have the
       same parameters.
+    tokens: receptive tokens a tap, with one probe; 0 for neither.
     dtype: of the computation.
   """
 
@@ -182,6 +196,7 @@ class Distiller(nn.Module):
   width: int = 0
   share_generators: bool = False
   topology: str = "cascade"
+  tokens: int = 0
   dtype: Any = jnp.float32
 
   def setup(self) -> None:
@@ -199,6 +214,7 @@ class Distiller(nn.Module):
         kind=self.generator,
         width=self.width,
         carries=multiscale and index > 0,
+        token_count=self.tokens,
         dtype=self.dtype,
       )
       # Flax names a submodule by the attribute it is bound to, so this makes
@@ -228,6 +244,14 @@ class Distiller(nn.Module):
     """
     return self._tap(tap).carry(x, height, width)
 
+  def receptive_tokens(self, tap: str) -> Array:
+    """Returns the tokens of `tap`, [tokens, channels]."""
+    return self._tap(tap).tokens
+
+  def probe(self, tap: str, x: Array) -> Array:
+    """Maps the teacher's masked features [..., channels] to logits [..., 1]."""
+    return self._tap(tap).probe(x)
+
   def __call__(
     self, features: Mapping[str, Array], grids: Mapping[str, tuple[int, int]]
   ) -> dict[str, Array]:
@@ -248,5 +272,7 @@ class Distiller(nn.Module):
         x = x + self.carry(tap, deeper, *grids[tap])
       for head in range(len(self._tap(tap).generator)):
         x = self.generate(tap, head, x)
+      if self.tokens:
+        self.probe(tap, x)
       restored[tap] = deeper = x
     return restored
