@@ -310,6 +310,9 @@ def emkd(
     student_logits, teacher_logits, temperature=temperature
   )
   for tap, student_feat in student_taps.items():
+    chex.assert_equal_shape_prefix(
+      [student_feat, labels], 1, exception_type=ValueError
+    )
     loss = loss + weights[1] * imd(student_feat, teacher_taps[tap])
     loss = loss + weights[2] * rad(student_feat, teacher_taps[tap], labels)
   return loss

@@ -44,3 +44,20 @@ def test_bfloat16_is_summed_in_float32():
 def test_weights_that_do_not_broadcast_are_refused():
   with pytest.raises(ValueError, match="broadcast"):
     reduce.weighted_mean_per_image(jnp.ones((2, 3)), jnp.ones((2, 4)))
+
+
+def test_unit_vectors_by_hand():
+  x = jnp.asarray([[3.0, 4.0], [0.0, -2.0]])
+  np.testing.assert_allclose(reduce.unit(x), [[0.6, 0.8], [0.0, -1.0]])
+
+
+def test_a_vector_of_zeros_stays_and_has_a_gradient_of_its_own_size():
+  slope = jax.jacobian(reduce.unit)(jnp.zeros(2))
+  np.testing.assert_array_equal(reduce.unit(jnp.zeros((3, 2))), 0)
+  np.testing.assert_array_equal(slope, np.eye(2))
+
+
+def test_unit_vectors_are_float32():
+  made = reduce.unit(jnp.ones((2, 300), jnp.bfloat16))
+  assert made.dtype == jnp.float32
+  np.testing.assert_allclose(made, 300**-0.5, rtol=1e-6)
