@@ -9,7 +9,11 @@ import pytest
 import tiny
 
 from kdseg import objective
+from kdseg import stage
+from kdseg.data import pipeline
 from kdseg.losses import boundary
+from kdseg.losses import logits as logit_losses
+from kdseg.losses import relations
 from kdseg.losses import segmentation
 
 BATCH = 2
@@ -36,11 +40,31 @@ def _answers():
   return out, taught, labels
 
 
+@functools.cache
+def _shapes():
+  _, taught, _ = _answers()
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), taught
+  )
+
+
+def make_distiller(method):
+  """As a run makes it; None and no parameters where none is needed."""
+  module, (features, grids) = stage.make_distiller(
+    tiny.Network(3), _shapes(), method, size=tiny.SIDE
+  )
+  if module is None:
+    return None, {}
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), features)
+  variables = module.init(jax.random.key(5), zeros, grids)
+  return module, variables.get("params", {})
+
+
 def distil(method, *, seed=0, module=None, params=None, **changes):
   """The terms of `method`, with its own distiller unless one is given."""
   out, taught, labels = _answers()
   if module is None:
-    module, params = tiny.make_distiller(method)
+    module, params = make_distiller(method)
   given = {"out": out, "taught": taught, "labels": labels, **changes}
   return objective.distillation_terms(
     given["out"],
@@ -48,7 +72,9 @@ def distil(method, *, seed=0, module=None, params=None, **changes):
     given["labels"],
     jax.random.key(seed),
     method=method,
-    distiller=functools.partial(module.apply, {"params": params}),
+    distiller=(
+      functools.partial(module.apply, {"params": params}) if module else None
+    ),
     teacher_std=given.get("teacher_std"),
   )
 
@@ -93,6 +119,9 @@ def test_lists_of_a_config_become_tuples():
     ({"mask_ratio": 1.1}, r"shares in \[0, 1\]"),
     ({"ratio_outside": -0.1}, r"shares in \[0, 1\]"),
     ({"heads": 0}, "start at 1"),
+    ({"maskd_tokens": 0}, "start at 1"),
+    ({"dist_inter_weight": -1.0}, "at 0"),
+    ({"segmentation": {"jaccard": 1.0}}, r"bce.*dice.*not \['jaccard'\]"),
     ({"granularity": 0}, "start at 1"),
     ({"radius": -1.0}, "radius at 0"),
   ],
@@ -110,13 +139,81 @@ def test_a_value_that_means_nothing_is_refused(switches, message):
     ({"mbf": 1.0}, 3, 1),
     ({"mgd": 1.0}, 3, 1),
     ({"m2bf": 1.0}, 3, 3),
+    ({"fgd": 1.0, "maskd": 1.0}, 3, 0),
   ],
 )
 def test_as_many_generators_as_the_terms_use(terms, heads, expected):
   assert objective.Method(terms=terms, heads=heads).generator_heads == expected
 
 
+@pytest.mark.parametrize("term", objective.TERMS)
+def test_what_a_term_needs_of_the_teacher_and_beside_the_student(term):
+  method = make_method(term)
+  assert method.needs_taps == (term not in objective.LOGIT_TERMS)
+  assert method.feature_terms == (
+    (term,) if term in objective.FEATURE_TERMS else ()
+  )
+  assert method.token_count == (8 if term == "maskd" else 0)
+  module, _ = make_distiller(method)
+  assert (module is not None) == (term in objective.FEATURE_TERMS)
+
+
+def test_nothing_is_needed_where_nothing_is_taught():
+  method = objective.Method(segmentation={"smoothed_bce": 1.0})
+  assert not method.needs_taps
+  assert method.token_count == 0
+
+
+@pytest.mark.parametrize("term", objective.RELATION_TERMS)
+def test_a_relation_of_a_missing_tap_is_refused_before_it_is_trained(term):
+  with pytest.raises(ValueError, match="the student has no tap 'deep', only"):
+    make_distiller(make_method(term, taps=("deep",)))
+
+
 # ---------------------------------------------------------------------- names
+
+
+def test_every_term_has_a_group_and_a_published_weight():
+  groups = (
+    objective.FEATURE_TERMS + objective.RELATION_TERMS + objective.LOGIT_TERMS
+  )
+  assert groups == objective.TERMS
+  assert len(set(groups)) == len(groups)
+  assert set(objective.PUBLISHED_WEIGHTS) == set(groups)
+  assert min(objective.PUBLISHED_WEIGHTS.values()) > 0
+  assert set(objective.CALIBRATED_TERMS) <= set(objective.FEATURE_TERMS)
+
+
+def test_published_weights_are_those_of_the_sources():
+  assert {
+    **dict.fromkeys(objective.TERMS, 1.0),
+    "cwd": 3.0,
+    "at": 1e4,
+    "skd_pa": 10.0,
+    "ifvd": 20.0,
+  } == objective.PUBLISHED_WEIGHTS
+
+
+@pytest.mark.parametrize("term", objective.TERMS)
+def test_only_terms_without_a_published_weight_are_calibrated(term):
+  method = make_method(term, taps=("low",))
+  calibrated = {"mbf", "m2bf", "mgd", "fitnet", "fgd"}
+  assert objective.balanced_names(method) == (
+    (f"{term}_low",) if term in calibrated else ()
+  )
+
+
+def test_the_parts_of_emkd_are_one_term_and_those_of_maskd_two():
+  method = objective.Method(terms={"emkd": 1.0, "maskd": 1.0})
+  assert objective.term_names(method) == {
+    "emkd": ("emkd",),
+    "maskd": (
+      "maskd_low",
+      "maskd_high",
+      "maskd_tokens_low",
+      "maskd_tokens_high",
+    ),
+  }
 
 
 def test_feature_terms_are_named_by_tap_and_logit_terms_are_whole():
@@ -172,6 +269,59 @@ def test_an_unknown_or_missing_task_is_answered_with_the_known(weights):
                                 weights)  # fmt: skip
 
 
+def test_smoothed_labels_are_a_tenth_of_the_way_to_a_half():
+  # -(.95 ln p + .05 ln (1 - p)) of a lesion at p = 3/4.
+  logits = jnp.full((1, 2, 2), np.log(3.0))
+  total, parts = objective.segmentation_loss(
+    logits, jnp.ones((1, 2, 2)), {"smoothed_bce": 2.0}
+  )
+  expected = -(0.95 * np.log(0.75) + 0.05 * np.log(0.25))
+  np.testing.assert_allclose(parts["smoothed_bce"], expected, rtol=1e-6)
+  np.testing.assert_allclose(total, 2 * expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("own", [{}, {"smoothed_bce": 1.0, "dice": 0.5}])
+def test_a_task_loss_of_its_own_takes_the_place_of_that_of_the_run(
+  own, monkeypatch, tmp_path
+):
+  asked = []
+
+  def remember(*arguments, segmentation, **options):
+    asked.append(segmentation)
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(stage.step_lib, "make_train_step", remember)
+  image, mask = tiny.draw_lesions(8)
+  arrays = pipeline.Arrays(
+    name="synthetic", split="train", ids=tuple("abcdefgh"), image=image,
+    mask=mask, official_count=8, found_count=8,
+  )  # fmt: skip
+  contender = stage.Contender(
+    kind="plain",
+    network=tiny.Network(2),
+    seed=0,
+    destination=tmp_path,
+    about={},
+    method=objective.Method(segmentation=own),
+  )
+  setting = stage.Setting(
+    seed=0, batch_size=8, evaluation_batch_size=8, size=tiny.SIDE,
+    segmentation={"bce": 1.0}, augment={}, encoder_weights=False, log_every=1,
+  )  # fmt: skip
+  with pytest.raises(KeyboardInterrupt):
+    stage.train_together(
+      "students",
+      {"plain": contender},
+      setting=setting,
+      training=stage.Training(epochs=1.0, learning_rate=0.1),
+      folder=tmp_path / "steps",
+      arrays=arrays,
+      validation=arrays,
+      log=print,
+    )
+  assert asked == [own or {"bce": 1.0}]
+
+
 # --------------------------------------------------------------- distillation
 
 SWITCHES = [
@@ -183,10 +333,9 @@ SWITCHES = [
   {"ratio_outside": 0.3},
   {"generator_width": 2},
   {"taps": ("s16", "low")},
-  {"term": "mgd"},
-  {"term": "fitnet"},
-  {"term": "kd"},
-  {"term": "cwd"},
+  *({"term": term} for term in objective.TERMS if term not in ("mbf", "m2bf")),
+  {"term": "dist", "dist_inter_weight": 1.0},
+  {"term": "maskd", "maskd_tokens": 1},
   *({"term": "m2bf", "topology": t} for t in ("cascade", "parallel")),
   # The deepest tap comes first.
   {"term": "m2bf", "topology": "multiscale", "taps": ("high", "low")},
@@ -202,7 +351,7 @@ SWITCHES = [
 def test_every_switch_runs_and_teaches_the_student(switches):
   out, taught, _ = _answers()
   method = make_method(**switches)
-  module, params = tiny.make_distiller(method)
+  module, params = make_distiller(method)
   deviations = {tap: jnp.full(taught[tap].shape[-1], 2.0) for tap in taught
                 if tap != "logits"}  # fmt: skip
 
@@ -221,7 +370,9 @@ def test_every_switch_runs_and_teaches_the_student(switches):
   assert value > 0
   for leaf in jax.tree.leaves((by_out, by_params)):
     assert np.isfinite(leaf).all()
-  wanted = ("logits",) if method.terms.keys() & {"kd", "cwd"} else method.taps
+  wanted = method.taps if method.needs_taps else ("logits",)
+  if "emkd" in method.terms:
+    wanted = ("logits", *method.taps)
   for name in wanted:
     assert by_out[name].any(), f"no gradient reaches {name}"
 
@@ -249,6 +400,7 @@ CHANGES = [
   )),
   {"term": "kd", "kd_temperature": 1.0},
   {"term": "cwd", "cwd_temperature": 1.0},
+  {"term": "dist", "dist_inter_weight": 1.0},
   {"term": "mgd", "mask_ratio": 0.2},
   {"term": "mgd", "granularity": 2},
   {"term": "mgd", "normalise": "std"},
@@ -265,7 +417,7 @@ def test_every_switch_reaches_its_loss(switches):
   changed = make_method(**{**BAND, **switches})
   term = switches.get("term", "mbf")
   default = make_method(term, **BAND)
-  module, params = tiny.make_distiller(default)
+  module, params = make_distiller(default)
   given = {"module": module, "params": params, "teacher_std": deviations}
   before, after = distil(default, **given), distil(changed, **given)
   assert before.keys() == after.keys()
@@ -278,7 +430,7 @@ def test_the_weight_of_the_band_reaches_its_loss():
     make_method(loss_region="band_weighted", band_weight=weight, **BAND)
     for weight in (1.0, 5.0)
   )
-  module, params = tiny.make_distiller(light)
+  module, params = make_distiller(light)
   given = {"module": module, "params": params}
   one, other = distil(light, **given), distil(heavy, **given)
   for name in one:
@@ -287,7 +439,7 @@ def test_the_weight_of_the_band_reaches_its_loss():
 
 def test_hiding_everywhere_is_mgd():
   mbf = make_method("mbf", region="all")
-  module, params = tiny.make_distiller(mbf)
+  module, params = make_distiller(mbf)
   given = {"module": module, "params": params}
   hidden = distil(mbf, **given)
   whole = distil(make_method("mgd"), **given)
@@ -299,7 +451,7 @@ def test_hiding_everywhere_is_mgd():
 
 def test_m2bf_with_one_head_is_mbf():
   mbf, m2bf = make_method("mbf"), make_method("m2bf", heads=1)
-  module, params = tiny.make_distiller(mbf)
+  module, params = make_distiller(mbf)
   given = {"module": module, "params": params}
   one, other = distil(mbf, **given), distil(m2bf, **given)
   for tap in mbf.taps:
@@ -310,7 +462,7 @@ def test_m2bf_with_one_head_is_mbf():
 
 def test_hiding_nothing_before_no_generator_is_fitnet():
   mbf = make_method("mbf", mask_ratio=0.0, generator="identity")
-  module, params = tiny.make_distiller(mbf)
+  module, params = make_distiller(mbf)
   given = {"module": module, "params": params}
   one, other = distil(mbf, **given), distil(make_method("fitnet"), **given)
   for tap in mbf.taps:
@@ -321,7 +473,7 @@ def test_hiding_nothing_before_no_generator_is_fitnet():
 
 def test_the_key_decides_what_is_hidden_and_nothing_else():
   method = make_method("mbf", taps=("low",))
-  module, params = tiny.make_distiller(method)
+  module, params = make_distiller(method)
   at = functools.partial(distil, method, module=module, params=params)
   assert at(seed=1) == at(seed=1)
   assert at(seed=1) != at(seed=2)
@@ -335,15 +487,95 @@ def test_the_key_decides_what_is_hidden_and_nothing_else():
 )
 def test_the_teacher_gets_no_gradient(region):
   _, taught, _ = _answers()
-  terms = {"mbf": 1.0, "fitnet": 1.0, "kd": 1.0, "cwd": 1.0}
+  terms = dict.fromkeys(set(objective.TERMS) - {"mgd", "m2bf"}, 1.0)
   method = objective.Method(terms=terms, taps=("low",), region=region)
-  module, params = tiny.make_distiller(method)
+  module, params = make_distiller(method)
   gradient = jax.grad(
     lambda taught: sum(
       distil(method, module=module, params=params, taught=taught).values()
     )
   )(taught)
   assert not any(leaf.any() for leaf in jax.tree.leaves(gradient))
+
+
+def test_terms_are_the_losses_they_are_named_after():
+  out, taught, labels = _answers()
+  terms = objective.RELATION_TERMS + objective.LOGIT_TERMS
+  found = distil(objective.Method(terms=dict.fromkeys(terms, 1.0)))
+  pair = out["logits"], taught["logits"]
+  taps = [{tap: x[tap] for tap in ("low", "high")} for x in (out, taught)]
+  expected = {
+    "kd": logit_losses.kd(*pair),
+    "cwd": logit_losses.cwd(*pair),
+    "dist": logit_losses.dist(*pair),
+    # At 32 pixels the window of 7 pixels of 256 is one of 3.
+    "bpkd": logit_losses.bpkd(*pair, labels, radius=1),
+    "ultralbm": logit_losses.ultralbm(*pair),
+    "emkd": relations.emkd(*pair, *taps, labels),
+  }
+  for tap in ("low", "high"):
+    pair = out[tap], taught[tap]
+    expected |= {
+      f"at_{tap}": relations.at(*pair),
+      f"skd_pa_{tap}": relations.skd_pa(*pair),
+      f"ifvd_{tap}": relations.ifvd(*pair, labels),
+      f"cirkd_lite_{tap}": relations.cirkd_lite(*pair),
+    }
+  assert found.keys() == expected.keys()
+  for name, value in expected.items():
+    np.testing.assert_allclose(found[name], value.mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("term", objective.RELATION_TERMS)
+def test_a_student_on_a_coarser_grid_is_compared_on_the_teachers(term):
+  out, _, _ = _answers()
+  method = make_method(term, taps=("low",))
+  small = {**out, "low": out["low"][:, ::2, ::2]}
+  grown = {
+    **out, "low": jax.image.resize(small["low"], out["low"].shape, "bilinear")
+  }  # fmt: skip
+  one, other = distil(method, out=small), distil(method, out=grown)
+  for name in one:
+    np.testing.assert_allclose(one[name], other[name], rtol=1e-5)
+
+
+def test_the_masks_of_maskd_are_those_of_its_trained_tokens():
+  method = make_method("maskd", taps=("low",))
+  module, params = make_distiller(method)
+  at = functools.partial(distil, method, module=module)
+  # Tokens of zeros find each cell by a half: of the squared error there is left
+  # 1/2 (1/2)^2 / (1/2), a quarter.
+  params["low"]["tokens"] = jnp.zeros_like(params["low"]["tokens"])
+  fitnet = distil(
+    make_method("fitnet", taps=("low",)), module=module, params=params
+  )
+  np.testing.assert_allclose(
+    at(params=params)["maskd_low"], fitnet["fitnet_low"] / 4, rtol=1e-5
+  )
+
+
+def test_the_tokens_learn_from_their_fit_and_the_student_from_the_distance():
+  out, _, _ = _answers()
+  method = make_method("maskd", taps=("low",))
+  module, params = make_distiller(method)
+
+  def slopes(name):
+    return jax.grad(
+      lambda out, params: distil(method, module=module, params=params, out=out)[
+        name
+      ],
+      (0, 1),
+    )(out, params)
+
+  by_out, by_params = slopes("maskd_low")
+  assert by_out["low"].any()
+  assert by_params["low"]["align"]["conv"]["kernel"].any()
+  assert not by_params["low"]["tokens"].any()
+  by_out, by_params = slopes("maskd_tokens_low")
+  assert not by_out["low"].any()
+  assert by_params["low"]["tokens"].any()
+  assert by_params["low"]["probe"]["kernel"].any()
+  assert not by_params["low"]["align"]["conv"]["kernel"].any()
 
 
 def test_a_term_that_is_not_asked_for_is_not_computed():

@@ -276,6 +276,37 @@ def test_calling_it_runs_all_heads_in_a_row():
   assert list(made) == ["high", "low"]
 
 
+def test_tokens_are_vectors_of_the_teachers_channels_with_one_probe_a_tap():
+  module, variables = _initialised(heads=0, tokens=3)
+  assert _subtrees(variables) == {
+    "high": ["align", "probe", "tokens"],
+    "low": ["probe", "tokens"],
+  }
+  tokens = module.apply(variables, "high", method="receptive_tokens")
+  assert tokens.shape == (3, 6)
+  np.testing.assert_array_equal(tokens, variables["params"]["high"]["tokens"])
+  x = _normal(4, 2, 4, 4, 6)
+  seen = module.apply(variables, "high", x, method="probe")
+  probe = variables["params"]["high"]["probe"]
+  np.testing.assert_allclose(
+    seen, x @ probe["kernel"] + probe["bias"], rtol=1e-5, atol=1e-6
+  )
+
+
+def test_tokens_start_with_logits_of_the_size_of_the_features():
+  module = distiller.Distiller({"wide": 400}, heads=0, tokens=400)
+  variables = module.init(
+    KEY, {"wide": jnp.zeros((1, 1, 1, 400))}, {"wide": (1, 1)}
+  )
+  x = _normal(1, 400)
+  logits = variables["params"]["wide"]["tokens"] @ x
+  np.testing.assert_allclose(jnp.std(logits), 1.0, rtol=0.1)
+
+
+def test_without_tokens_there_is_no_probe():
+  assert _subtrees(_shapes(heads=0)) == {"high": ["align"]}
+
+
 def test_unknown_names_are_refused():
   module, variables = _initialised()
   with pytest.raises(ValueError, match="one of high, low: 'deep'"):
