@@ -27,7 +27,8 @@ def bce(logits: Array, labels: Array, *, label_smoothing: float = 0.0) -> Array:
   Args:
     logits: [B, H, W].
     labels: [B, H, W] in [0, 1].
-    label_smoothing: in [0, 1); labels become `(1 - s) * labels + s / 2`.
+    label_smoothing: s in [0, 1); labels become `(1 - s) * labels + s / 2`
+      (Szegedy et al., CVPR 2016, with two classes; there s is .1).
 
   Returns:
     [B] float32, in nats.
