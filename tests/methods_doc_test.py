@@ -149,7 +149,7 @@ def test_a_number_in_a_formula_is_the_default_of_the_loss(
 def test_the_weights_inside_of_emkd_and_ultralbm_are_the_defaults():
   for term, written in (
     ("emkd", r"`(\.\d) PMD \+ (\.\d) sum_taps IMD \+ (\.\d) sum_taps RAD`"),
-    ("ultralbm", r"`(\.\d) \* 8.* \+ (\.\d) mean .*\+ (\.\d) KL"),
+    ("ultralbm", r"`(\.\d) \* 8.* \+ (\.\d) mean .*\+\s(\.\d) KL"),
   ):
     found = re.search(written, part(f"### {term}"), re.S).groups()
     signature = inspect.signature(function_of(term)[0])
