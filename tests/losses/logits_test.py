@@ -262,5 +262,8 @@ def test_options_out_of_range_are_refused():
     logits.bpkd(x, x, x, temperature=0.0)
   with pytest.raises(ValueError, match="radius"):
     logits.bpkd(x, x, x, radius=-1)
+  for labels in (x[:, :1], x[0], jnp.zeros((2, 2, 2))):
+    with pytest.raises(ValueError, match=r"[Ss]hape"):
+      logits.bpkd(x, x, labels)
   with pytest.raises(ValueError, match="three"):
     logits.ultralbm(x, x, weights=(1.0, 2.0))
