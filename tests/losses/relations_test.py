@@ -267,10 +267,14 @@ def test_emkd_takes_its_weights_and_temperature():
     {"low": STUDENT},
     {"low": TEACHER},
     LABELS,
-    weights=(2.0, 0.0, 0.0),
+    weights=(2.0, 3.0, 5.0),
     temperature=1.0,
   )
-  expected = 2 * logits.kd(student_logits, teacher_logits, temperature=1.0)
+  expected = (
+    2 * logits.kd(student_logits, teacher_logits, temperature=1.0)
+    + 3 * relations.imd(STUDENT, TEACHER)
+    + 5 * relations.rad(STUDENT, TEACHER, LABELS)
+  )
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
