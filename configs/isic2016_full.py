@@ -65,6 +65,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.distil_from = ("teacher_vit", "teacher_unetpp", "teacher_deeplab")
   c.precompute_teacher = False
   c.taught_channels = 64
+  c.taught_averaging = "none"
 
   c.methods = ml_collections.ConfigDict(
     {

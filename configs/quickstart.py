@@ -48,6 +48,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.distil_from = ("teacher_unet",)
   c.precompute_teacher = False
   c.taught_channels = 0
+  c.taught_averaging = "none"
 
   c.methods = ml_collections.ConfigDict(
     {

@@ -50,6 +50,34 @@ def orient_each(array: np.ndarray, orientations: np.ndarray) -> np.ndarray:
   return np.stack([orient(x[None], o)[0] for x, o in zip(array, orientations)])
 
 
+def average(files: Mapping[str, np.ndarray]) -> Arrays:
+  """Averages answers over the eight orientations, brought back to the first.
+
+  What a network answers on average moves with the image exactly, so that one
+  orientation says it all; see `feed.make_batches`.
+
+  Args:
+    files: {name: [8, N, h, w, ...]}, as of `compute`; h = w.
+
+  Returns:
+    {name: [1, N, h, w, ...] float16}.
+  """
+  means = {}
+  for name, file in files.items():
+    mean = np.empty((1, *file.shape[1:]), np.float16)
+    # Example by example: the whole in float32 may not fit into memory.
+    for i in range(file.shape[1]):
+      mean[0, i] = np.mean(
+        [
+          restore_orientation(file[o, i][None].astype(np.float32), o)[0]
+          for o in range(ORIENTATIONS)
+        ],
+        axis=0,
+      )
+    means[name] = mean
+  return means
+
+
 def compute(
   function: Callable[[np.ndarray], Mapping[str, Any]],
   images: np.ndarray,

@@ -6,6 +6,7 @@ a second start continues the first, and a third finds nothing to do.
 """
 
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Mapping
 import dataclasses
 import functools
@@ -54,6 +55,9 @@ TEST_NAMES = {
   "synthetic": "synthetic_test",
   "folder": "folder",
 }
+# Among the tests of a config: the images that choose, for a search of settings
+# that leaves the test sets alone.
+VALIDATION = "validation"
 # The mean of several teachers, as an arm of its own.
 JOINT = "teacher"
 
@@ -115,13 +119,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> bool:
     ValueError: on a config that cannot be run.
   """
   workdir = pathlib.Path(workdir)
-  plans = plan_arms(config)
-  methods = {
-    name: objective.make_method(dict(options))
-    for name, options in config.methods.items()
-  }
-  _check_teachers(config)
-  _check_names(config, plans)
+  plans, methods = check(config)
   workdir.mkdir(parents=True, exist_ok=True)
   with workdir_lib.locked(workdir):
     workdir_lib.adopt_config(config, workdir)
@@ -147,6 +145,24 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> bool:
       workdir / "table.md",
     )
   return True
+
+
+def check(
+  config: ml_collections.ConfigDict,
+) -> tuple[list[Plan], dict[str, objective.Method]]:
+  """Returns every arm of a config, and its methods by name.
+
+  Raises:
+    ValueError: on a config that cannot be run.
+  """
+  plans = plan_arms(config)
+  methods = {
+    name: objective.make_method(dict(options))
+    for name, options in config.methods.items()
+  }
+  _check_teachers(config)
+  _check_names(config, plans)
+  return plans, methods
 
 
 def plan_arms(config: ml_collections.ConfigDict) -> list[Plan]:
@@ -187,15 +203,33 @@ def _check_teachers(config: ml_collections.ConfigDict) -> None:
 
 
 def _check_names(config: ml_collections.ConfigDict, plans: list[Plan]) -> None:
-  """Raises ValueError on a name that would only fail after hours."""
+  """Raises ValueError on a value that would only fail after hours."""
   options = inspect.signature(augment_lib.augment).parameters.values()
   known = [o.name for o in options if o.kind is o.KEYWORD_ONLY]
   choices.check_known("augmentation", config.augment, known)
   choices.check_known(
     "averaging",
-    [config.evaluation.averaging, config.evaluation.teacher_averaging],
+    [
+      config.evaluation.averaging,
+      config.evaluation.teacher_averaging,
+      config.taught_averaging,
+    ],
     evaluate.AVERAGING,
   )
+  if config.taught_averaging != "none" and not config.precompute_teacher:
+    raise ValueError(
+      f'taught_averaging is "{config.taught_averaging}": eight passes of the '
+      "teacher a batch are only affordable with precompute_teacher"
+    )
+  for key, size in (
+    ("data.batch_size", config.data.batch_size),
+    ("evaluation.batch_size", config.evaluation.batch_size),
+  ):
+    if size < 1 or size % jax.device_count():
+      raise ValueError(
+        f"{key} is {size}; it must be a multiple of the number of devices, "
+        f"{jax.device_count()}"
+      )
   make_training(dict(config.training))
   for teacher in config.teachers.values():
     make_training(dict(teacher.training))
@@ -214,7 +248,8 @@ def load_data(config: ml_collections.ConfigDict) -> Data:
   c = config.data
   if c.size % 32:
     raise ValueError(f"data.size must be divisible by 32, not {c.size}")
-  choices.check_known("data set", (c.name, *c.tests), TEST_NAMES)
+  choices.check_known("data set", [c.name], TEST_NAMES)
+  choices.check_known("data set", c.tests, (*TEST_NAMES, VALIDATION))
 
   def load(name: str, split: str) -> pipeline.Arrays:
     arrays = pipeline.load(
@@ -232,11 +267,24 @@ def load_data(config: ml_collections.ConfigDict) -> Data:
     )
     return arrays
 
+  validation = load(c.name, "validation")
   return Data(
     train=load(c.name, "train"),
-    validation=load(c.name, "validation"),
-    tests={TEST_NAMES[name]: load(name, "test") for name in c.tests},
+    validation=validation,
+    tests={
+      test_name(config, name): (
+        validation if name == VALIDATION else load(name, "test")
+      )
+      for name in c.tests
+    },
   )
+
+
+def test_name(config: ml_collections.ConfigDict, name: str) -> str:
+  """Returns what an entry of `data.tests` is called in scores.csv."""
+  if name == VALIDATION:
+    return f"{config.data.name}_{VALIDATION}"
+  return TEST_NAMES[name]
 
 
 def describe_data(data: Data) -> dict[str, dict[str, Any]]:
@@ -267,7 +315,7 @@ def is_finished(
     return False
   rows, _ = scores_lib.recover(scores)
   done = set(scores_lib.groups(rows))
-  tests = [TEST_NAMES[name] for name in config.data.tests]
+  tests = [test_name(config, name) for name in config.data.tests]
   wanted = {
     (plan.arm, plan.seed, test)
     for plan in plans
@@ -282,7 +330,8 @@ def is_finished(
   return wanted <= done
 
 
-def _setting(config: ml_collections.ConfigDict) -> stage.Setting:
+def make_setting(config: ml_collections.ConfigDict) -> stage.Setting:
+  """Returns what all stages of the run have in common."""
   return stage.Setting(
     seed=config.seed,
     batch_size=config.data.batch_size,
@@ -342,7 +391,20 @@ def make_teacher(
     encoded, validation_encoded = _encode(
       name, network, config, workdir, data, c.seed
     )
-  if untrained and not c.checkpoint:
+  training = make_training(dict(c.training))
+  if untrained and not c.checkpoint and not training.steps(1, 1):
+    # A control: what is learned from a network that knows nothing.
+    variables = networks.make_variables(
+      network,
+      jax.random.fold_in(jax.random.key(int(c.seed)), 0),
+      size=config.data.size,
+      weights=config.encoder_weights,
+    )
+    about = {"arm": name, "network": c.network, "method": "none"}
+    about |= {"seed": int(c.seed), "steps": 0, "diverged": ""}
+    about["parameters"] = networks.count_parameters(variables)
+    checkpoint.save_variables(destination, variables, about)
+  elif untrained and not c.checkpoint:
     stage.train_together(
       name,
       {
@@ -354,8 +416,8 @@ def make_teacher(
           about={"arm": name, "network": c.network, "method": "none"},
         )
       },
-      setting=_setting(config),
-      training=make_training(dict(c.training)),
+      setting=make_setting(config),
+      training=training,
       folder=workdir / "checkpoints" / name,
       arrays=data.train,
       validation=data.validation,
@@ -496,16 +558,11 @@ def train_arms(
   Arms that were stopped half-way are finished first, by themselves: arms that
   came later have seen nothing yet, and the batches are counted from 0.
   """
-  setting = _setting(config)
+  setting = make_setting(config)
   training = make_training(dict(config.training))
   teacher = join_teachers(config, teachers)
   while True:
-    open_plans = [
-      plan
-      for plan in plans
-      if not checkpoint.is_finished(workdir / "arms" / plan.key)
-      and not (workdir / "arms" / plan.key / "failed.json").exists()
-    ]
+    open_plans = list_untrained(workdir, plans)
     if not open_plans:
       return
     group, folder = _next_group(
@@ -514,32 +571,10 @@ def train_arms(
     teaching = _make_teaching(
       config, workdir, data, teacher, [methods[p.method] for p in group]
     )
-    contenders = {}
-    for plan in group:
-      method = methods[plan.method]
-      student = networks.make_network(
-        plan.student,
-        axis_name=step_lib.AXIS,
-        **dict(config.students.get(plan.student, {})),
-      )
-      distiller, inputs = stage.make_distiller(
-        student, teaching.shapes, method, size=config.data.size
-      )
-      contenders[plan.key] = stage.Contender(
-        kind=plan.arm,
-        network=student,
-        seed=plan.seed,
-        destination=workdir / "arms" / plan.key,
-        about={
-          "arm": plan.arm,
-          "network": plan.student,
-          "method": plan.method,
-          "switches": config.methods[plan.method].to_dict(),
-        },
-        method=method,
-        distiller=distiller,
-        distiller_inputs=inputs,
-      )
+    contenders = {
+      plan.key: make_contender(plan, config, workdir, methods, teaching.shapes)
+      for plan in group
+    }
     stage.train_together(
       "students",
       contenders,
@@ -553,6 +588,61 @@ def train_arms(
       teacher_variables=teaching.variables,
       computed=teaching.computed,
     )
+
+
+def list_untrained(workdir: pathlib.Path, plans: list[Plan]) -> list[Plan]:
+  """Returns the arms that have neither weights nor a reason for having none."""
+  return [
+    plan
+    for plan in plans
+    if not checkpoint.is_finished(workdir / "arms" / plan.key)
+    and not (workdir / "arms" / plan.key / "failed.json").exists()
+  ]
+
+
+def make_contender(
+  plan: Plan,
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  methods: Mapping[str, objective.Method],
+  taught: Mapping[str, jax.ShapeDtypeStruct],
+) -> stage.Contender:
+  """Returns the student of a plan, ready to be trained.
+
+  Args:
+    plan: which one.
+    config: of the experiment.
+    workdir: where its weights will go.
+    methods: by name.
+    taught: shapes of the teacher's outputs for one image.
+
+  Raises:
+    ValueError: if the student or the teacher lacks a tap of the method.
+  """
+  method = methods[plan.method]
+  student = networks.make_network(
+    plan.student,
+    axis_name=step_lib.AXIS,
+    **dict(config.students.get(plan.student, {})),
+  )
+  distiller, inputs = stage.make_distiller(
+    student, taught, method, size=config.data.size
+  )
+  return stage.Contender(
+    kind=plan.arm,
+    network=student,
+    seed=plan.seed,
+    destination=workdir / "arms" / plan.key,
+    about={
+      "arm": plan.arm,
+      "network": plan.student,
+      "method": plan.method,
+      "switches": config.methods[plan.method].to_dict(),
+    },
+    method=method,
+    distiller=distiller,
+    distiller_inputs=inputs,
+  )
 
 
 def _next_group(
@@ -577,6 +667,11 @@ def _next_group(
   path.parent.mkdir(exist_ok=True)
   checkpoint.write_json(path, [plan.key for plan in open_plans])
   return open_plans, path.parent / "steps"
+
+
+def list_taps(methods: Iterable[objective.Method]) -> tuple[str, ...]:
+  """Returns the names of all features that the methods compare."""
+  return tuple(sorted({tap for m in methods if m.needs_taps for tap in m.taps}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -615,9 +710,9 @@ def _make_teaching(
     if needing:
       raise ValueError("methods with terms need a teacher: set distil_from")
     return Teaching()
-  taps = sorted({tap for m in needing if m.needs_taps for tap in m.taps})
+  taps = list_taps(methods)
   teach = step_lib.make_teach(
-    teacher.network, tuple(taps), channels=config.taught_channels
+    teacher.network, taps, channels=config.taught_channels
   )
   image = jax.ShapeDtypeStruct(
     (1, config.data.size, config.data.size, 3), jnp.float32
@@ -651,6 +746,8 @@ def _make_teaching(
     extra=teacher.encoded,
     progress=_progress(f"{name}: answers for the training images"),
   )
+  if config.taught_averaging == "dihedral":
+    computed = cache.average(computed)
   return Teaching(None, None, {"taught": computed}, shapes)
 
 

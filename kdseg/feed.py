@@ -33,8 +33,9 @@ def make_batches(
     batch_size: over all devices and hosts.
     steps: of the whole training.
     computed: {"encoded" | "taught": {name: [8, N, ...]}}, answers of frozen
-      networks by orientation (see `cache`). With it, images and masks are
-      brought into the drawn orientation here.
+      networks by orientation (see `cache`), or [1, N, h, w, ...], maps that
+      move with the image. With it, images, masks and such maps are brought
+      into the drawn orientation here.
 
   Returns:
     A function from the first step to an iterator of (step, batch, made_of):
@@ -67,7 +68,12 @@ def make_batches(
         batch["mask"] = cache.orient_each(batch["mask"], orientations)
         for what, files in computed.items():
           batch[what] = {
-            name: file[orientations, rows] for name, file in files.items()
+            name: (
+              cache.orient_each(file[0, rows], orientations)
+              if len(file) == 1
+              else file[orientations, rows]
+            )
+            for name, file in files.items()
           }
       yield step, batch, made_of
 

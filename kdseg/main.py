@@ -13,6 +13,7 @@ from ml_collections import config_flags
 from kdseg import checkpoint
 from kdseg import choices
 from kdseg import experiment
+from kdseg import plan
 from kdseg import train
 from kdseg import workdir as workdir_lib
 from kdseg.data import archives
@@ -22,6 +23,9 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Where everything goes that the experiment makes."
+)
+_PLAN = flags.DEFINE_bool(
+  "plan", False, "Measure what is left to do, print it, and do nothing of it."
 )
 # Errors whose message says it all; anything else keeps its traceback.
 _EXPECTED = (
@@ -40,6 +44,10 @@ def main(argv: Sequence[str]) -> None:
     raise app.UsageError(f"what is {argv[1]!r}? Flags only.")
   _show_progress()
   try:
+    if _PLAN.value:
+      items = plan.estimate(_CONFIG.value, _WORKDIR.value)
+      print(plan.format_items(items))
+      return
     if not experiment.run(_CONFIG.value, _WORKDIR.value):
       print(f"{_WORKDIR.value} is finished: nothing was changed.")
   except _EXPECTED as error:

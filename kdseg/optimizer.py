@@ -1,11 +1,14 @@
 """Learning-rate schedules and optax chains, from plain values."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import optax
 
 ENCODER = "encoder"
+
+Path = tuple[str, ...]
 
 
 def make_schedule(
@@ -47,16 +50,19 @@ def _decayed(params: Any) -> Any:
   )
 
 
-def _encoder_or_rest(params: Any) -> Any:
-  """Labels every leaf by whether it lies under a module named "encoder"."""
-  return jax.tree_util.tree_map_with_path(
-    lambda path, _: (
-      "encoder"
-      if any(getattr(k, "key", "") == ENCODER for k in path)
-      else "rest"
-    ),
-    params,
-  )
+def _labels(params: Any, is_frozen: Callable[[Path], bool] | None) -> Any:
+  """Labels every leaf "frozen", "encoder" (below a module so named) or "rest".
+
+  The first key of a path is left out: it says "network" or "distiller".
+  """
+
+  def label(path: Any, _: Any) -> str:
+    names = tuple(getattr(part, "key", "") for part in path)
+    if is_frozen and names[0] == "network" and is_frozen(names[1:]):
+      return "frozen"
+    return "encoder" if ENCODER in names else "rest"
+
+  return jax.tree_util.tree_map_with_path(label, params)
 
 
 def make_optimizer(
@@ -66,6 +72,7 @@ def make_optimizer(
   weight_decay: float = 0.0,
   clip_norm: float = 0.0,
   encoder_scale: float = 1.0,
+  is_frozen: Callable[[Path], bool] | None = None,
 ) -> optax.GradientTransformation:
   """Returns the optax chain: clip, rule, decoupled decay, learning rate.
 
@@ -76,6 +83,8 @@ def make_optimizer(
     clip_norm: largest global norm of the gradients; 0 for no bound.
     encoder_scale: the share of the learning rate that modules named
       "encoder" get; 0 leaves them as they were loaded.
+    is_frozen: tells by its path which of the network's parameters stay as
+      they are, decay included; None for none.
 
   Raises:
     ValueError: on an unknown name or a negative number.
@@ -101,11 +110,16 @@ def make_optimizer(
       optax.scale_by_learning_rate(lambda step: scale * schedule(step)),
     )
 
-  if encoder_scale == 1.0:
+  if encoder_scale == 1.0 and is_frozen is None:
     parts = rule(1.0)
   else:
     parts = optax.multi_transform(
-      {"encoder": rule(encoder_scale), "rest": rule(1.0)}, _encoder_or_rest
+      {
+        "encoder": rule(encoder_scale),
+        "rest": rule(1.0),
+        "frozen": optax.set_to_zero(),
+      },
+      lambda params: _labels(params, is_frozen),
     )
   if not clip_norm:
     return parts

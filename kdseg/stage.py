@@ -164,7 +164,6 @@ def train_together(
   """
   steps = training.steps(len(arrays), setting.batch_size)
   per_epoch = len(arrays) / setting.batch_size
-  tx = _make_tx(training, steps)
   batches = feed.make_batches(
     arrays,
     seed=setting.seed,
@@ -172,38 +171,17 @@ def train_together(
     steps=steps,
     computed=computed,
   )
-  prepare = _make_prepare(setting, teach, teacher_variables, bool(computed))
+  prepare = make_prepare(setting, teach, teacher_variables, bool(computed))
   deviations = None
   if any(c.method.normalise == "std" for c in contenders.values()):
     deviations = teacher_deviations(batches, prepare)
 
-  compiled: dict[str, Callable[..., Any]] = {}
+  arms = make_arms(contenders, setting, training, steps, deviations)
   predicts: dict[str, Callable[..., Any]] = {}
-  arms: dict[str, train.Arm] = {}
-  for name, contender in contenders.items():
+  for contender in contenders.values():
     network = repr(contender.network)
     if network not in predicts:
       predicts[network] = make_predict(contender.network)
-    if contender.kind not in compiled:
-      compiled[contender.kind] = step_lib.parallel(
-        step_lib.make_train_step(
-          contender.network,
-          tx,
-          segmentation=contender.method.segmentation or setting.segmentation,
-          steps=steps,
-          method=contender.method,
-          distiller=contender.distiller,
-          teacher_std=deviations,
-          average_decay=training.average_decay,
-        ),
-        replicated=1,
-        out_replicated=True,
-        donate=True,
-      )
-    arms[name] = train.Arm(
-      state=initial_state(contender, setting, training, tx),
-      step=compiled[contender.kind],
-    )
 
   def validate(name: str, variables: Tree) -> float:
     return evaluate.mean_dice(
@@ -250,7 +228,52 @@ def train_together(
     _write_result(contenders[name], arm, steps)
 
 
-def _make_tx(training: Training, steps: int) -> Any:
+def make_arms(
+  contenders: Mapping[str, Contender],
+  setting: Setting,
+  training: Training,
+  steps: int,
+  deviations: Mapping[str, np.ndarray] | None = None,
+) -> dict[str, train.Arm]:
+  """Returns the contenders before their first step, with their updates.
+
+  Args:
+    contenders: by name.
+    setting: of the run.
+    training: of the stage.
+    steps: of the whole training.
+    deviations: of the teacher's taps, for methods that normalise by them; see
+      `teacher_deviations`.
+  """
+  rules: dict[str, Any] = {}
+  compiled: dict[str, Callable[..., Any]] = {}
+  arms: dict[str, train.Arm] = {}
+  for name, contender in contenders.items():
+    if contender.kind not in compiled:
+      tx = rules[contender.kind] = _make_tx(training, steps, contender.network)
+      compiled[contender.kind] = step_lib.parallel(
+        step_lib.make_train_step(
+          contender.network,
+          tx,
+          segmentation=contender.method.segmentation or setting.segmentation,
+          steps=steps,
+          method=contender.method,
+          distiller=contender.distiller,
+          teacher_std=deviations,
+          average_decay=training.average_decay,
+        ),
+        replicated=1,
+        out_replicated=True,
+        donate=True,
+      )
+    arms[name] = train.Arm(
+      state=initial_state(contender, setting, training, rules[contender.kind]),
+      step=compiled[contender.kind],
+    )
+  return arms
+
+
+def _make_tx(training: Training, steps: int, network: nn.Module) -> Any:
   return optimizer.make_optimizer(
     name=training.optimizer,
     schedule=optimizer.make_schedule(
@@ -262,16 +285,25 @@ def _make_tx(training: Training, steps: int) -> Any:
     weight_decay=training.weight_decay,
     clip_norm=training.clip_norm,
     encoder_scale=training.encoder_scale,
+    is_frozen=getattr(network, "is_frozen", None),
   )
 
 
-def _make_prepare(
+def make_prepare(
   setting: Setting,
   teach: Callable[..., Mapping[str, jax.Array]] | None,
   teacher_variables: Tree,
   oriented: bool,
 ) -> Callable[[int, Tree], Tree]:
-  """Returns (step, batch on the host) -> what the arms are given."""
+  """Returns (step, batch) -> what the arms are given.
+
+  Args:
+    setting: of the run.
+    teach: asks the teacher; see `step.make_prepare`.
+    teacher_variables: for `teach`.
+    oriented: whether the batches come in an orientation that was drawn
+      before, for which frozen networks have answered; no others are made then.
+  """
   options = dict(setting.augment)
   if oriented:
     # The frozen networks have answered for eight orientations, no others.

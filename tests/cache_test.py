@@ -184,3 +184,23 @@ def test_progress_counts_images_up_to_all(tmp_path):
     progress=lambda *pair: told.append(pair),
   )
   assert told == [(2, 10), (4, 10), (5, 10), (7, 10), (9, 10), (10, 10)]
+
+
+def test_an_average_is_that_of_the_eight_answers_brought_back():
+  # A network that prefers the left: its answer depends on the orientation.
+  ramp = np.linspace(0, 1, 4, dtype=np.float32)[None, None]
+  views = [cache.orient(IMAGES[..., 0] / 255 * ramp, o) for o in range(8)]
+  answers = [cache.orient(IMAGES[..., 0], o) / 255 * ramp for o in range(8)]
+  files = {"map": np.stack(answers).astype(np.float16)}
+  found = cache.average(files)["map"]
+  assert found.shape == (1, 5, 4, 4)
+  assert found.dtype == np.float16
+  expected = np.mean(
+    [cache.restore_orientation(a, o) for o, a in enumerate(answers)], 0
+  )
+  np.testing.assert_allclose(found[0], expected, atol=1e-3)
+  # Turned and averaged is averaged and turned.
+  turned = {"map": np.stack([views[o] for o in range(8)])}
+  np.testing.assert_allclose(
+    cache.average(turned)["map"][0], views[0], atol=1e-3
+  )

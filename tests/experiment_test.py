@@ -4,80 +4,25 @@ Runs are shared: each one compiles several programs, which is what costs.
 """
 
 import csv
-import importlib.util
 import json
-import pathlib
 import shutil
 import subprocess
 import sys
 import types
 
 import jax
-import ml_collections
 import numpy as np
 from PIL import Image
 import pytest
 import tiny
+from tiny_run import FROZEN
+from tiny_run import TEACHER
+from tiny_run import make_config
 
 from kdseg import checkpoint
 from kdseg import experiment
 from kdseg import workdir as workdir_lib
 from kdseg.report import scores as scores_lib
-
-QUICKSTART = pathlib.Path(__file__).parents[1] / "configs" / "quickstart.py"
-TEACHER = {
-  "network": "patch_unet",
-  "options": {"widths": (4, 4, 4), "depths": (1, 1, 1)},
-  "seed": 0,
-  "checkpoint": "",
-  "precompute": False,
-  "training": {"epochs": 1.0, "learning_rate": 1e-2},
-}
-FROZEN = {
-  "network": "vit_unet",
-  "options": {"side": 28, "taps": (1,), "widths": (4, 4, 4)},
-  "seed": 0,
-  "checkpoint": "",
-  "precompute": True,
-  "training": {"epochs": 1.0, "learning_rate": 1e-2, "encoder_scale": 0.0},
-}
-
-
-def make_config(data_dir, **changes):
-  """The quickstart, shrunk; `changes` replace whole entries."""
-  spec = importlib.util.spec_from_file_location("quickstart", QUICKSTART)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  entries = module.get_config().to_dict()
-  entries["data"] |= {
-    "size": 32,
-    "batch_size": 8,
-    "data_dir": str(data_dir),
-    "options": {
-      "synthetic": {"train": 24, "validation": 8, "test": 6, "image_size": 40}
-    },
-  }
-  entries |= {
-    "log_every": 2,
-    "teachers": {"teacher_unet": TEACHER},
-    "methods": {
-      "none": {},
-      "mbf": {"terms": {"mbf": 1.0}, "taps": ("low",), "generator": "1x1"},
-      # Overflows in its first step.
-      "boom": {"terms": {"kd": 1e38}, "warmup": 0.0},
-    },
-    "students": {"patch_unet": {"widths": (2, 2, 2), "depths": (1, 1, 1)}},
-    "arms": {"patch_unet": {"methods": ("none", "mbf", "boom"), "seeds": (0,)}},
-    "training": {
-      "epochs": 2.0,
-      "learning_rate": 1e-2,
-      "average_decay": 0.5,
-      "validate_epochs": 1.0,
-      "save_epochs": 1.0,
-    },
-  }
-  entries["evaluation"]["batch_size"] = 8
-  return ml_collections.ConfigDict(entries | changes)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -452,7 +397,7 @@ def test_several_teachers_are_scored_apart_and_together(joint):
   assert any("mean probability" in note for note in report["notes"])
 
 
-def test_a_frozen_encoder_is_left_as_it_was_drawn(joint):
+def test_frozen_blocks_are_left_as_they_were_drawn_and_no_others(joint):
   variables, _ = checkpoint.load_variables(
     joint.workdir / "teachers" / "teacher_vit"
   )
@@ -463,11 +408,10 @@ def test_a_frozen_encoder_is_left_as_it_was_drawn(joint):
     size=32,
     weights=False,
   )
-  jax.tree.map(
-    np.testing.assert_array_equal,
-    variables["params"]["encoder"],
-    drawn["params"]["encoder"],
-  )
+  found, expected = (v["params"]["encoder"] for v in (variables, drawn))
+  moved, still = found.pop("block_1"), expected.pop("block_1")
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+  assert (moved["fc1"]["kernel"] != still["fc1"]["kernel"]).any()
 
 
 def test_what_was_computed_is_what_the_teachers_answer(joint):
@@ -478,8 +422,8 @@ def test_what_was_computed_is_what_the_teachers_answer(joint):
     )
     for name in joint.config.teachers
   }
-  # Finished, and still asked through what its encoder made.
-  assert teachers["teacher_vit"].encoded["grids"].shape[:2] == (8, 24)
+  # Finished, and still asked through what its frozen blocks made.
+  assert teachers["teacher_vit"].encoded["tokens"].shape[:2] == (8, 24)
   teacher = experiment.join_teachers(joint.config, teachers)
   [cached] = (joint.workdir / "cache").glob("taught-*")
   stored = {path.stem: np.load(path) for path in cached.glob("*.npy")}
@@ -489,6 +433,68 @@ def test_what_was_computed_is_what_the_teachers_answer(joint):
   out = teacher.network.apply(teacher.variables, image.astype(np.float32) / 255)
   np.testing.assert_allclose(
     stored["logits"][5, :4], out["logits"], rtol=0.02, atol=0.02
+  )
+
+
+def test_a_taught_average_is_that_of_the_eight_orientations(joint, monkeypatch):
+  config = joint.config.copy_and_resolve_references()
+  config.taught_averaging = "dihedral"
+  data = experiment.load_data(config)
+  teachers = {
+    name: experiment.make_teacher(name, config, joint.workdir, data, log=None)
+    for name in config.teachers
+  }
+  method = experiment.objective.make_method({"terms": {"kd": 1.0}})
+  teaching = experiment._make_teaching(
+    config,
+    joint.workdir,
+    data,
+    experiment.join_teachers(config, teachers),
+    [method],
+  )
+  logits = teaching.computed["taught"]["logits"]
+  assert logits.shape == (1, 24, 32, 32)
+  teacher = experiment.join_teachers(config, teachers)
+  answers = []
+  for o in range(8):
+    image = experiment.cache.orient(data.train.image[:2], o)
+    out = teacher.network.apply(
+      teacher.variables, image.astype(np.float32) / 255
+    )
+    answers.append(
+      experiment.cache.restore_orientation(np.asarray(out["logits"]), o)
+    )
+  np.testing.assert_allclose(
+    logits[0, :2], np.mean(answers, 0), rtol=0.02, atol=0.02
+  )
+
+
+def test_a_taught_average_that_nothing_computes_is_refused(data_dir, tmp_path):
+  config = make_config(data_dir, taught_averaging="dihedral")
+  with pytest.raises(ValueError, match="precompute_teacher"):
+    experiment.run(config, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_search_scores_the_images_that_choose_and_no_others(finished, folder):
+  workdir = copy(finished, folder / "search", "teachers", "arms")
+  config = finished.config.copy_and_resolve_references()
+  config.data.tests = ("validation",)
+  experiment.run(config, workdir)
+  rows = read_rows(workdir)
+  assert {row["dataset"] for row in rows} == {"synthetic_validation"}
+  assert {row["id"] for row in rows} == {
+    f"validation_{i:05d}" for i in range(8)
+  }
+  by_arm = {}
+  for row in rows:
+    by_arm.setdefault(row["arm"], []).append(float(row["dice"]))
+  about = json.loads(
+    (workdir / "arms" / "patch_unet-mbf-seed0" / "about.json").read_text()
+  )
+  # The one at the images' own size, 40 pixels, the other at 32.
+  assert (
+    abs(np.mean(by_arm["patch_unet-mbf"]) - about["validation_dice"]) < 0.05
   )
 
 

@@ -72,6 +72,13 @@ def test_image_mask_and_answers_are_turned_alike():
     np.testing.assert_array_equal(batch["mask"], image[..., 0] > 127)
 
 
+def test_a_map_known_once_is_turned_with_the_image():
+  image = make_arrays().image.astype(np.float16)
+  computed = {"taught": {"copy": image[None]}}
+  for _, batch, _ in feed_all(computed=computed):
+    np.testing.assert_array_equal(batch["taught"]["copy"], batch["image"])
+
+
 def test_every_orientation_is_drawn_and_reported_ids_stay_right():
   arrays = make_arrays()
   seen = set()

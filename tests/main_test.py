@@ -11,6 +11,7 @@ from kdseg import checkpoint
 from kdseg import choices
 from kdseg import experiment
 from kdseg import main
+from kdseg import plan
 from kdseg import train
 from kdseg import workdir as workdir_lib
 from kdseg.data import archives
@@ -65,6 +66,19 @@ def test_flags_change_the_config(started):
 def test_a_finished_workdir_is_said_to_be_so(started, capsys):
   started(CONFIG, "--workdir=runs/x", outcome=False)
   assert "runs/x is finished: nothing was changed." in capsys.readouterr().out
+
+
+def test_a_plan_is_printed_and_nothing_run(started, capsys, monkeypatch):
+  seen = []
+  monkeypatch.setattr(
+    main.plan,
+    "estimate",
+    lambda config, workdir: seen.append(workdir) or [plan.Item("x", 2, 3.0)],
+  )
+  with pytest.raises(IndexError):  # `run` was not called
+    started(CONFIG, "--workdir=runs/x", "--plan")
+  assert seen == ["runs/x"]
+  assert "2 x    3.000 s" in capsys.readouterr().out
 
 
 def test_a_run_says_nothing_of_the_kind(started, capsys):

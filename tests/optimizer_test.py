@@ -121,6 +121,25 @@ def test_a_frozen_encoder_neither_moves_nor_decays(name):
     assert all(leaf.all() for leaf in jax.tree.leaves(part))
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_a_frozen_part_neither_moves_nor_decays_and_the_rest_does(scale):
+  moved = updates(
+    ONES,
+    name="adamw",
+    weight_decay=0.1,
+    encoder_scale=scale,
+    is_frozen=lambda path: path == ("encoder", "kernel"),
+  )
+  network = moved["network"]
+  assert not network["encoder"].pop("kernel").any()
+  np.testing.assert_allclose(
+    network["encoder"]["scale"], -0.1 * scale, rtol=1e-5
+  )
+  # lr * (1 + decay * weight) = 0.1 * (1 + 0.1 * 2)
+  np.testing.assert_allclose(network["head"]["kernel"], -0.12, rtol=1e-5)
+  assert moved["distiller"]["low"]["kernel"].all()
+
+
 def test_an_encoder_within_a_decoder_counts_as_one():
   params = {"decoder": {"encoder": {"kernel": jnp.ones(2)}}}
   tx = optimizer.make_optimizer(

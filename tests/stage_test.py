@@ -185,7 +185,7 @@ COLOURS = ("brightness", "contrast", "saturation", "hue", "gain", "tone")
 @pytest.mark.parametrize("oriented", [False, True])
 def test_what_was_oriented_before_is_not_moved_again(oriented):
   setting = dataclasses.replace(SETTING, augment=dict.fromkeys(COLOURS, 0.0))
-  prepare = stage._make_prepare(setting, None, None, oriented)
+  prepare = stage.make_prepare(setting, None, None, oriented)
   image, mask = tiny.draw_lesions(8)
   prepared = prepare(0, step_lib.shard({"image": image, "mask": mask}))
   found = np.asarray(prepared["mask"]).reshape(mask.shape)

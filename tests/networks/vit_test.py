@@ -133,25 +133,62 @@ def test_freezing_does_not_change_what_is_seen():
   jax.tree.map(np.testing.assert_array_equal, free, frozen)
 
 
-def test_a_teacher_answers_alike_from_encoded_grids():
+@pytest.mark.parametrize(
+  ("trained_from", "shapes"),
+  [
+    (0, {"tokens": (2, 5, 384)}),
+    (1, {"tokens": (2, 5, 384)}),
+    (2, {"tokens": (2, 5, 384), "grids": (2, 2, 2, 384)}),
+    (3, {"grids": (2, 2, 2, 2 * 384)}),
+    (12, {"grids": (2, 2, 2, 2 * 384)}),
+  ],
+)
+def test_a_teacher_answers_alike_from_what_its_frozen_blocks_made(
+  trained_from, shapes
+):
   network = networks.make_network(
-    "vit_unet", side=28, taps=(1, 2), widths=(4, 4, 4)
+    "vit_unet",
+    side=28,
+    taps=(1, 3),
+    trained_from=trained_from,
+    widths=(4, 4, 4),
   )
-  shapes = jax.eval_shape(network.init, jax.random.key(0), IMAGE)
+  drawn = jax.eval_shape(network.init, jax.random.key(0), IMAGE)
   draw = np.random.default_rng(0)
   variables = jax.tree.map(
-    lambda x: jnp.asarray(draw.uniform(0.01, 0.1, x.shape), x.dtype), shapes
+    lambda x: jnp.asarray(draw.uniform(0.01, 0.1, x.shape), x.dtype), drawn
   )
   encoded = network.apply(variables, IMAGE, method="encode")
-  assert encoded["grids"].shape == (2, 2, 2, 2 * 384)
+  assert {name: x.shape for name, x in encoded.items()} == shapes
   whole = network.apply(variables, IMAGE)
-  # Without the encoder's parameters: they are not needed any more.
-  rest = {
-    "params": {"decoder": variables["params"]["decoder"]},
-    "batch_stats": variables["batch_stats"],
-  }
+  # Without the frozen parameters: they are not needed any more.
+  rest = jax.tree_util.tree_map_with_path(
+    lambda path, x: (
+      jnp.full_like(x, jnp.nan)
+      if path[0].key == "params"
+      and network.is_frozen(tuple(k.key for k in path[1:]))
+      else x
+    ),
+    variables,
+  )
   split = network.apply(rest, IMAGE, encoded=encoded)
-  jax.tree.map(np.testing.assert_array_equal, whole, split)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), whole, split
+  )
+
+
+@pytest.mark.parametrize("trained_from", [0, 1, 3])
+def test_what_is_called_frozen_is_what_gets_no_gradient(trained_from):
+  network = make_vit(trained_from=trained_from)
+  variables = init(network)
+
+  def loss(params):
+    grids = network.apply({"params": params}, IMAGE)
+    return sum(jnp.sum(jnp.square(grid)) for grid in grids)
+
+  for name, part in jax.grad(loss)(variables["params"]).items():
+    still = not any(leaf.any() for leaf in jax.tree.leaves(part))
+    assert still == vit.is_frozen(name, trained_from)
 
 
 # -------------------------------------------------------------------- weights

@@ -41,8 +41,8 @@ class ViTUNet(nn.Module):
   """Patch grids for what it is, an image branch for where its edge runs.
 
   The grids of some transformer blocks are projected, brought to stride 8 and
-  decoded with the features of an image branch at strides 8, 4 and 2. The
-  encoder can be left frozen, and its grids (see `encode`) computed once.
+  decoded with the features of an image branch at strides 8, 4 and 2. Blocks
+  that are left frozen can be computed once; see `encode`.
 
   Attributes:
     side: of the image as the transformer sees it, in pixels.
@@ -80,15 +80,30 @@ class ViTUNet(nn.Module):
     )
 
   def encode(self, image: Array) -> dict[str, Array]:
-    """Returns what a frozen encoder makes of `image`, to be computed once.
+    """Returns what the frozen blocks make of `image`, to be computed once.
 
     Args:
       image: [B, H, W, 3] float in [0, 1].
 
     Returns:
-      {"grids": [B, side/14, side/14, taps * 384]}.
+      "grids" [B, side/14, side/14, C], the frozen taps side by side; and, if
+      any block is trained, "tokens" [B, 1 + (side/14)^2, 384], what the first
+      of these reads.
     """
-    return {"grids": jnp.concatenate(self.encoder(image), axis=-1)}
+    tokens, grids = self.encoder.begin(image)
+    if self.trained_from >= max(self.taps):
+      return {"grids": jnp.concatenate(self.encoder.resume(tokens, grids), -1)}
+    encoded = {"tokens": tokens}
+    if grids:
+      encoded["grids"] = jnp.concatenate(grids, axis=-1)
+    return encoded
+
+  def is_frozen(self, path: tuple[str, ...]) -> bool:
+    """Whether the parameter at `path` is one of a block before `trained_from`.
+
+    Its gradient is 0, but decay of the weights would move it all the same.
+    """
+    return path[0] == "encoder" and vit.is_frozen(path[1], self.trained_from)
 
   def __call__(
     self,
@@ -105,7 +120,10 @@ class ViTUNet(nn.Module):
     """
     if encoded is None:
       encoded = self.encode(image)
-    return self.decoder(image, encoded["grids"], train)
+    grids = [encoded["grids"]] if "grids" in encoded else []
+    if "tokens" in encoded:
+      grids = self.encoder.resume(encoded["tokens"], grids)
+    return self.decoder(image, jnp.concatenate(grids, axis=-1), train)
 
 
 class Decoder(nn.Module):

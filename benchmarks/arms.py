@@ -1,0 +1,154 @@
+"""Times k arms trained together against the same k trained one by one.
+
+  python benchmarks/arms.py [--arms 8] [--steps 20] [--repeats 3]
+      [--teacher deeplab] [--student patch_unet_12k] [--size 256]
+
+The teacher answers once a batch for all arms, so k arms should cost T + k S a
+step and not k (T + S): T is augmentation and the teacher's pass, S one arm's
+update. Prints milliseconds a step of the loop as `train.fit` runs it, what
+T + k S would be, the overhead over that, and apart / together. The ways take
+turns and the fastest of the repeats counts, so that other work on the machine
+disturbs little. Weights are drawn: they do not change the time.
+"""
+
+import argparse
+from collections.abc import Callable
+import pathlib
+import time
+
+import jax
+import numpy as np
+
+from kdseg import feed
+from kdseg import networks
+from kdseg import objective
+from kdseg import stage
+from kdseg import step as step_lib
+from kdseg import train
+from kdseg.data import pipeline
+
+TAPS = ("decoder_high",)
+
+
+def make_arrays(count: int, size: int) -> pipeline.Arrays:
+  """Makes noise with a disc in it."""
+  draw = np.random.default_rng(0)
+  y, x = np.mgrid[0:size, 0:size]
+  disc = (np.hypot(y - size / 2, x - size / 2) < size / 4).astype(np.uint8)
+  return pipeline.Arrays(
+    name="noise",
+    split="train",
+    ids=tuple(str(i) for i in range(count)),
+    image=draw.integers(0, 256, (count, size, size, 3), np.uint8),
+    mask=np.broadcast_to(disc, (count, size, size)),
+    official_count=count,
+    found_count=count,
+  )
+
+
+def fastest(function: Callable[[], object], repeats: int) -> float:
+  """Returns the fewest seconds that a call took, the first left out."""
+  jax.block_until_ready(function())
+  taken = []
+  for _ in range(repeats):
+    began = time.perf_counter()
+    jax.block_until_ready(function())
+    taken.append(time.perf_counter() - began)
+  return min(taken)
+
+
+def main() -> None:
+  """Measures and prints."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--arms", type=int, default=8)
+  parser.add_argument("--steps", type=int, default=20)
+  parser.add_argument("--repeats", type=int, default=3)
+  parser.add_argument("--batch", type=int, default=8)
+  parser.add_argument("--size", type=int, default=256)
+  parser.add_argument("--teacher", default="deeplab")
+  parser.add_argument("--student", default="patch_unet_12k")
+  options = parser.parse_args()
+  size, steps = options.size, options.steps
+
+  arrays = make_arrays(options.batch * 4, size)
+  setting = stage.Setting(
+    seed=0,
+    batch_size=options.batch,
+    evaluation_batch_size=options.batch,
+    size=size,
+    segmentation={"bce": 1.0, "dice": 1.0},
+    augment={},
+    encoder_weights=False,
+    log_every=steps,
+  )
+  training = stage.Training(epochs=1.0, learning_rate=1e-3)
+  teacher = networks.make_network(options.teacher, axis_name=step_lib.AXIS)
+  weights = networks.make_variables(
+    teacher, jax.random.key(0), size=size, weights=False
+  )
+  teach = step_lib.make_teach(teacher, TAPS, channels=32)
+  prepare = stage.make_prepare(setting, teach, weights, oriented=False)
+  batches = feed.make_batches(
+    arrays, seed=0, batch_size=options.batch, steps=steps
+  )
+  student = networks.make_network(options.student, axis_name=step_lib.AXIS)
+  method = objective.Method(terms={"mbf": 1.0}, taps=TAPS)
+  image = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
+  taught = jax.eval_shape(teach, weights, image)
+  distiller, inputs = stage.make_distiller(student, taught, method, size=size)
+  arms = stage.make_arms(
+    {
+      str(seed): stage.Contender(
+        "mbf", student, seed, pathlib.Path(), {}, method, distiller, inputs
+      )
+      for seed in range(options.arms)
+    },
+    setting,
+    training,
+    steps,
+  )
+
+  def fit(names: list[str]) -> object:
+    train.fit(
+      {name: arms[name] for name in names},
+      batches,
+      stage="benchmark",
+      schedule=train.Schedule(steps, 2 * steps, 2 * steps, steps),
+      prepare=prepare,
+      validate=lambda name, variables: 0.0,
+      log=lambda record: None,
+      save=lambda step, arms: None,
+      save_bad_batch=lambda name, step, made_of: None,
+    )
+    return [arms[name].state.step for name in names]
+
+  everyone = list(arms)
+  _, batch, _ = next(iter(batches(0)))
+  prepared = prepare(0, batch)
+
+  def update() -> object:
+    arm = arms[everyone[0]]
+    arm.state, metrics = arm.step(arm.state, prepared)
+    return metrics
+
+  once = fastest(lambda: prepare(0, batch), 2 * options.repeats)
+  each = fastest(update, 2 * options.repeats)
+  together = fastest(lambda: fit(everyone), options.repeats) / steps
+  apart = (
+    fastest(lambda: [fit([name]) for name in everyone], options.repeats) / steps
+  )
+  expected = once + options.arms * each
+  print(f"{options.teacher} teaches {options.arms} x {options.student}")
+  print(f"T, augmentation and teacher   {1e3 * once:9.1f} ms a step")
+  print(f"S, one arm's update           {1e3 * each:9.1f}")
+  print(f"T + k S                       {1e3 * expected:9.1f}")
+  print(f"together, as trained          {1e3 * together:9.1f}")
+  print(f"apart, one by one             {1e3 * apart:9.1f}")
+  print(f"overhead over T + k S         {together / expected - 1:9.1%}")
+  print(f"apart / together              {apart / together:9.2f}")
+
+
+if __name__ == "__main__":
+  main()

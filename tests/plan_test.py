@@ -1,0 +1,105 @@
+import jax
+import numpy as np
+import pytest
+import tiny
+from tiny_run import FROZEN
+from tiny_run import make_config
+
+from kdseg import checkpoint
+from kdseg import plan
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled(tmp_path_factory):
+  with tiny.compile_once(tmp_path_factory.mktemp("compiled")):
+    yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  return tmp_path_factory.mktemp("plan")
+
+
+@pytest.fixture(scope="module")
+def config(folder):
+  return make_config(
+    folder / "data",
+    teachers={"teacher_vit": FROZEN},
+    distil_from=("teacher_vit",),
+    precompute_teacher=True,
+    arms={"patch_unet": {"methods": ("none", "mbf"), "seeds": (0, 1, 2)}},
+  )
+
+
+@pytest.fixture(scope="module")
+def items(config, folder):
+  return plan.estimate(config, folder / "run", repeats=1)
+
+
+def counts(items):
+  return {item.what: item.count for item in items}
+
+
+def test_counts_every_kind_of_work_once(items):
+  # 24 images to train on, 8 to validate, 6 to test; batches and passes of 8.
+  assert counts(items) == {
+    "teacher_vit: encoding, passes of 8": 8 * 3,
+    "teacher_vit: steps of 8": 3,
+    "teacher_vit: validation, passes of 8": 1,
+    "teacher_vit: answers, passes of 8": 8 * 3,
+    "teacher_vit: scoring, passes of 8": 1,
+    "patch_unet-none x 3: steps of 8": 3 * 6,
+    "patch_unet-none x 3: validation, passes of 8": 3 * 2,
+    "patch_unet-none x 3: scoring, passes of 8": 3,
+    "patch_unet-mbf x 3: steps of 8": 3 * 6,
+    "patch_unet-mbf x 3: validation, passes of 8": 3 * 2,
+    "patch_unet-mbf x 3: scoring, passes of 8": 3,
+  }
+
+
+def test_every_kind_took_its_time(items):
+  assert all(0 < item.seconds < 60 for item in items)
+
+
+def test_leaves_the_workdir_as_it_is(items, folder):
+  assert not (folder / "run").exists()
+
+
+def test_what_is_there_already_is_not_counted(config, folder):
+  workdir = folder / "half"
+  arrays = {"params": {"x": np.zeros(1)}}
+  checkpoint.save_variables(workdir / "teachers" / "teacher_vit", arrays, {})
+  for seed in (0, 1, 2):
+    name = f"patch_unet-none-seed{seed}"
+    checkpoint.save_variables(workdir / "arms" / name, arrays, {})
+  failed = workdir / "arms" / "patch_unet-mbf-seed0" / "failed.json"
+  failed.parent.mkdir(parents=True)
+  failed.write_text("{}")
+  found = counts(plan.estimate(config, workdir, repeats=1))
+  assert set(found) == {
+    "teacher_vit: answers, passes of 8",
+    "teacher_vit: scoring, passes of 8",
+    "patch_unet-mbf x 2: steps of 8",
+    "patch_unet-mbf x 2: validation, passes of 8",
+    "patch_unet-mbf x 2: scoring, passes of 8",
+  }
+  assert found["patch_unet-mbf x 2: steps of 8"] == 2 * 6
+
+
+def test_the_table_adds_up():
+  items = [plan.Item("a", 100, 0.5), plan.Item("bb", 3, 20.0)]
+  text = plan.format_items(items)
+  assert text.splitlines()[0] == "a       100 x    0.500 s =     50s"
+  assert "About 1m50s" in text
+
+
+def test_nothing_left_is_said_too():
+  assert "About 0s" in plan.format_items([])
+
+
+def test_the_median_leaves_out_the_first_call(monkeypatch):
+  clock = iter([0.0, 1.0, 10.0, 13.0, 20.0, 22.0])
+  monkeypatch.setattr(plan.time, "perf_counter", lambda: next(clock))
+  calls = []
+  assert plan._median(lambda: calls.append(1) or jax.numpy.ones(1), 3) == 2.0
+  assert len(calls) == 4
