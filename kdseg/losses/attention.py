@@ -118,7 +118,7 @@ def token_masks(teacher_feat: Array, tokens: Array) -> Array:
     tokens, (None, teacher_feat.shape[-1]), exception_type=ValueError
   )
   teacher = jax.lax.stop_gradient(teacher_feat).astype(jnp.float32)
-  return jax.nn.sigmoid(teacher @ tokens.astype(jnp.float32).T)
+  return jax.nn.sigmoid(teacher @ tokens.T)
 
 
 def maskd(student_feat: Array, teacher_feat: Array, masks: Array) -> Array:

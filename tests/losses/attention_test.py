@@ -223,7 +223,10 @@ def test_half_precision_in_float32_out():
   half = [x.astype(jnp.bfloat16) for x in (TEACHER, TOKENS)]
   masks = attention.token_masks(*half)
   assert masks.dtype == jnp.float32
-  fit = attention.token_fit(
-    masks.astype(jnp.bfloat16), half[0], LABELS, probe=_probe
+  masks = masks.astype(jnp.bfloat16)
+  fit, wide = (
+    attention.token_fit(x, half[0], LABELS, probe=_probe)
+    for x in (masks, masks.astype(jnp.float32))
   )
   assert fit.dtype == jnp.float32
+  np.testing.assert_allclose(fit, wide, rtol=1e-6)
