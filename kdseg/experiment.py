@@ -230,6 +230,13 @@ def _check_names(config: ml_collections.ConfigDict, plans: list[Plan]) -> None:
         f"{key} is {size}; it must be a multiple of the number of devices, "
         f"{jax.device_count()}"
       )
+  for method, others in config.get("primary", ()):
+    for name in (method, *([others] if isinstance(others, str) else others)):
+      if name not in config.methods:
+        raise ValueError(
+          f'primary names the method "{name}"; config.methods defines '
+          f"{', '.join(config.methods)}"
+        )
   make_training(dict(config.training))
   for teacher in config.teachers.values():
     make_training(dict(teacher.training))
@@ -941,10 +948,45 @@ def _describe_protocol(
   }
   if teacher:
     meta["teacher"] = teacher
+  family = _primary_family(config, workdir, data, plans)
+  if family:
+    meta["primary"] = family
   groups = dict(config.evaluation.get("groups", {}))
   if groups:
     meta["groups"] = {name: list(ids) for name, ids in groups.items()}
   return meta
+
+
+def _primary_family(
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  data: Data,
+  plans: list[Plan],
+) -> list[dict[str, str]]:
+  """Returns the comparisons that `config.primary` names, for every student.
+
+  It holds pairs of methods, (one, the other). Where the other are several, it
+  is that of the best mean validation Dice: nothing is chosen on a test set.
+  """
+  validation: dict[str, list[float]] = {}
+  for plan in plans:
+    about = workdir / "arms" / plan.key / "about.json"
+    if about.exists():
+      score = json.loads(about.read_text(encoding="utf-8"))["validation_dice"]
+      validation.setdefault(plan.arm, []).append(score)
+  family = []
+  for student in config.arms:
+    for method, others in config.get("primary", ()):
+      arm = f"{student}-{method}"
+      others = [others] if isinstance(others, str) else others
+      against = [f"{student}-{other}" for other in others]
+      against = [other for other in against if other in validation]
+      if arm in validation and against:
+        best = max(against, key=lambda other: np.mean(validation[other]))
+        family += [
+          {"dataset": test, "arm": arm, "against": best} for test in data.tests
+        ]
+  return family
 
 
 def _draw_overlays(

@@ -82,6 +82,8 @@ class Method:
       place of "bce" and no terms it is label smoothing, the control that needs
       no teacher.
     taps: which named features of the networks are compared.
+    answers: whose the teacher's answers are: own, the image's own; shuffled,
+      those for another image of the device's batch, a control.
     region: where features are hidden; see `boundary.region`.
     radius: half width of the boundary band.
     mask_ratio: probability that a cell of the region is hidden.
@@ -113,6 +115,7 @@ class Method:
   terms: Mapping[str, float] = dataclasses.field(default_factory=dict)
   segmentation: Mapping[str, float] = dataclasses.field(default_factory=dict)
   taps: tuple[str, ...] = ("low", "high")
+  answers: str = "own"
   region: str = "gt_band"
   radius: float = 5.0
   mask_ratio: float = 0.75
@@ -191,6 +194,7 @@ class Method:
 
 
 _CHOICES = {
+  "answers": ("own", "shuffled"),
   "generator": ("c3rc3", "c3rc3_norm", "dwconv", "1x1", "identity"),
   "region": boundary.REGIONS,
   "loss_region": ("all", "band", "band_weighted"),
@@ -275,7 +279,17 @@ def distillation_terms(
 
   Returns:
     {term or term_tap: []}; the names are `term_names(method)`.
+
+  Raises:
+    ValueError: if answers are to be shuffled in a batch of one image.
   """
+  if method.answers == "shuffled":
+    if labels.shape[0] < 2:
+      raise ValueError(
+        'answers="shuffled" needs at least two images a device; raise '
+        "data.batch_size"
+      )
+    taught = {name: jnp.roll(x, 1, 0) for name, x in taught.items()}
   per_image = {}
   if method.feature_terms:
     per_image |= _feature_terms(

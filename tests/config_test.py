@@ -4,6 +4,7 @@ import ast
 import functools
 import importlib.util
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,13 @@ def load(path):
   return module
 
 
+def variants(path):
+  """Configs of a file by variant, those that its head names."""
+  module = load(path)
+  names = re.findall(rf"--config configs/{path.name}:(\w+)", module.__doc__)
+  return {"": module.get_config()} | {n: module.get_config(n) for n in names}
+
+
 def shapes(network, size):
   image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
   return jax.eval_shape(network.init, jax.random.key(0), image)
@@ -54,10 +62,18 @@ def test_imports_nothing_of_the_package(path):
 
 def test_every_name_in_it_exists(path, tmp_path):
   # Stops at the lock, after every name was looked up and before any work.
-  config = load(path).get_config()
-  refusal = pytest.raises(workdir_lib.WorkdirError, match="another process")
-  with workdir_lib.locked(tmp_path), refusal:
-    experiment.run(config, tmp_path)
+  for config in variants(path).values():
+    refusal = pytest.raises(workdir_lib.WorkdirError, match="another process")
+    with workdir_lib.locked(tmp_path), refusal:
+      experiment.run(config, tmp_path)
+
+
+def test_a_variant_that_is_not_there_is_answered_with_those_that_are(path):
+  names = set(variants(path)) - {""}
+  if names:
+    with pytest.raises(ValueError, match='not "serach"') as error:
+      load(path).get_config("serach")
+    assert all(f'"{name}"' in str(error.value) for name in names)
 
 
 def test_can_be_locked_and_written_down(path):
@@ -85,7 +101,12 @@ def test_has_a_student_that_is_not_taught(path):
 
 
 def test_teacher_and_students_have_the_taps_that_are_compared(path):
-  config = load(path).get_config()
+  for variant, config in variants(path).items():
+    wanted = _check_taps(config)
+    assert wanted or variant == "search"
+
+
+def _check_taps(config):
   size = config.data.size
   teachers = [
     networks.make_network(
@@ -93,28 +114,33 @@ def test_teacher_and_students_have_the_taps_that_are_compared(path):
     )
     for name in config.distil_from
   ]
-  teacher = teachers[0] if len(teachers) == 1 else ensemble.Ensemble(teachers)
   wanted = {}
+  if not teachers:
+    return wanted
   for plan in experiment.plan_arms(config):
     method = objective.make_method(dict(config.methods[plan.method]))
-    if method.feature_terms:
-      wanted[plan.student, method.taps] = method
-  assert wanted
-  taps = {tap for _, taps in wanted for tap in taps}
+    if method.needs_taps:
+      wanted[plan.student, plan.method] = method
+  teacher = teachers[0] if len(teachers) == 1 else ensemble.Ensemble(teachers)
   teach = step_lib.make_teach(
-    teacher, tuple(taps), channels=config.taught_channels
+    teacher,
+    experiment.list_taps(wanted.values()),
+    channels=config.taught_channels,
   )
   taught = jax.eval_shape(
     teach,
     shapes(teacher, size),
     jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32),
   )
-  for (student, taps), method in wanted.items():
+  for (student, _), method in wanted.items():
     network = networks.make_network(
       student, **dict(config.students.get(student, {}))
     )
     _, (features, _) = stage.make_distiller(network, taught, method, size=size)
-    assert set(features) == set(taps)
+    assert set(features) == (
+      set(method.taps) if method.feature_terms else set()
+    )
+  return wanted
 
 
 def test_batches_split_over_eight_devices(path):

@@ -214,6 +214,36 @@ def test_the_picture_shows_something(finished):
     assert len(image.getcolors(1 << 24)) > 100
 
 
+def test_the_primary_family_takes_the_best_rival_on_validation(
+  data_dir, tmp_path
+):
+  config = make_config(data_dir)
+  config.methods.kd = {"terms": {"kd": 1.0}}
+  config.arms.patch_unet.methods = ("none", "mbf", "kd")
+  config.primary = (("mbf", "none"), ("mbf", ("none", "kd")), ("kd", "boom"))
+  plans, _ = experiment.check(config)
+  scores = {"none": 0.7, "mbf": 0.9, "kd": 0.8}
+  for plan in plans:
+    folder = tmp_path / "arms" / plan.key
+    folder.mkdir(parents=True)
+    about = {"validation_dice": scores[plan.method]}
+    checkpoint.write_json(folder / "about.json", about)
+  data = experiment.Data(train=None, validation=None, tests={"ph2": None})
+  found = experiment._primary_family(config, tmp_path, data, plans)
+  # What was not trained, "boom", is not compared with.
+  assert [(f["dataset"], f["arm"], f["against"]) for f in found] == [
+    ("ph2", "patch_unet-mbf", "patch_unet-none"),
+    ("ph2", "patch_unet-mbf", "patch_unet-kd"),
+  ]
+
+
+def test_a_primary_family_of_unknown_methods_is_refused(data_dir, tmp_path):
+  config = make_config(data_dir)
+  config.primary = (("mbf", ("none", "kdd")),)
+  with pytest.raises(ValueError, match='primary names the method "kdd"'):
+    experiment.run(config, tmp_path / "run")
+
+
 # --------------------------------------------------------------- a second start
 
 
@@ -524,6 +554,21 @@ def test_a_teacher_of_another_run_is_taken_as_it_is(finished, folder, data_dir):
   jax.tree.map(np.testing.assert_array_equal, copied, expected)
   assert about["arm"] == "teacher_old"
   assert about["taken_from"] == str(source)
+
+
+def test_a_teacher_of_no_epochs_is_as_it_was_drawn(folder, data_dir):
+  untrained = {**TEACHER, "training": {"epochs": 0.0, "learning_rate": 1.0}}
+  config = make_config(data_dir, teachers={"teacher_random": untrained})
+  teacher = experiment.make_teacher(
+    "teacher_random", config, folder / "random", data=None, log=None
+  )
+  drawn = experiment.networks.make_variables(
+    teacher.network,
+    jax.random.fold_in(jax.random.key(0), 0),
+    size=32,
+    weights=False,
+  )
+  jax.tree.map(np.testing.assert_array_equal, teacher.variables, drawn)
 
 
 def test_a_teacher_of_another_shape_is_refused_by_its_leaf(

@@ -106,6 +106,7 @@ def test_lists_of_a_config_become_tuples():
     ({"terms": {"mbf": float("nan")}}, "must be positive"),
     ({"terms": {"mbf": 1.0, "m2bf": 1.0}}, "choose one"),
     ({"terms": {"mgd": 1.0, "m2bf": 1.0}}, "choose one"),
+    ({"answers": "other"}, "answers must be one of own"),
     ({"region": "edge"}, "region must be one of gt_band"),
     ({"loss_region": "edge"}, "loss_region must be one of all"),
     ({"normalise": "max"}, "normalise must be one of none"),
@@ -468,6 +469,26 @@ def test_hiding_nothing_before_no_generator_is_fitnet():
   for tap in mbf.taps:
     np.testing.assert_allclose(
       one[f"mbf_{tap}"], other[f"fitnet_{tap}"], rtol=1e-6
+    )
+
+
+def test_shuffled_answers_are_those_for_another_image():
+  _, taught, _ = _answers()
+  method = make_method("kd", answers="shuffled")
+  other = {name: x[::-1] for name, x in taught.items()}  # of two images
+  expected = distil(make_method("kd"), taught=other)["kd"]
+  np.testing.assert_allclose(distil(method)["kd"], expected, rtol=1e-6)
+  assert distil(make_method("kd"))["kd"] != expected
+
+
+def test_a_lone_image_has_no_other_to_take_the_answers_of():
+  out, taught, labels = (jax.tree.map(lambda x: x[:1], t) for t in _answers())
+  with pytest.raises(ValueError, match=r"raise data\.batch_size"):
+    distil(
+      make_method("kd", answers="shuffled"),
+      out=out,
+      taught=taught,
+      labels=labels,
     )
 
 

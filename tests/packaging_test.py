@@ -14,6 +14,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Each line imports only from itself and from lines below it.
 LAYERS = (
   ("main",),
+  ("plan",),
   ("experiment",),
   ("stage",),
   ("report",),

@@ -267,6 +267,29 @@ class TestVerdicts:
     assert outside.holm is None
     assert outside.verdict == "exploratory: better"
 
+  def test_an_arm_is_set_against_what_the_family_names(self):
+    mgd = "patch_unet_50k-mgd"
+    rows = make_arm(NONE, 0.85) + make_arm(M2BF, 0.89) + make_arm(mgd, 0.88)
+    entry = {"dataset": "isic2016_test", "arm": M2BF, "against": mgd}
+    summed = summary.summarize(rows, {**FAST, "primary": [entry]})
+    found = {(c.arm, c.baseline): c for c in summed.comparisons}
+    assert set(found) == {(M2BF, NONE), (mgd, NONE), (M2BF, mgd)}
+    named = found[M2BF, mgd]
+    assert named.intervals["dice"].value == pytest.approx(0.01)
+    assert named.holm == named.wilcoxon.p_value
+    assert found[M2BF, NONE].holm is None
+    # A gain over a rival says nothing of the baseline; one over it does.
+    assert sum("gains" in warning for warning in summed.warnings) == 1
+
+  def test_what_an_arm_is_set_against_must_be_there(self):
+    entry = {"dataset": "isic2016_test", "arm": M2BF, "against": "x-mgd"}
+    rows = make_arm(NONE, 0.88) + make_arm(M2BF, 0.89)
+    first, second = summary.summarize(
+      rows, {**FAST, "primary": [entry]}
+    ).warnings[-2:]
+    assert "has no x-mgd beside it" in first
+    assert "x-mgd" in second
+
   def test_significance_is_judged_by_the_corrected_p(self):
     # A p between .01 and .05 passes alone and fails in a family of five. One
     # seed, so that interval and test look at the same thing.
