@@ -32,6 +32,7 @@ from kdseg import evaluate
 from kdseg import metrics
 from kdseg import networks
 from kdseg import objective
+from kdseg import own as own_lib
 from kdseg import stage
 from kdseg import step as step_lib
 from kdseg import train
@@ -102,12 +103,18 @@ class Teacher:
   encoded: Mapping[str, np.ndarray] | None = None
 
 
-def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> bool:
+def run(
+  config: ml_collections.ConfigDict,
+  workdir: str | pathlib.Path,
+  own: own_lib.Own | None = None,
+) -> bool:
   """Runs what is not finished of an experiment.
 
   Args:
     config: see `configs/`.
     workdir: made if it is missing.
+    own: losses, regions and students that the config names and the package
+      does not have. A workdir does not know them: give the same ones again.
 
   Returns:
     Whether anything was left to do.
@@ -119,7 +126,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> bool:
     ValueError: on a config that cannot be run.
   """
   workdir = pathlib.Path(workdir)
-  plans, methods = check(config)
+  own = own or own_lib.Own()
+  plans, methods = check(config, own)
   workdir.mkdir(parents=True, exist_ok=True)
   with workdir_lib.locked(workdir):
     workdir_lib.adopt_config(config, workdir)
@@ -134,9 +142,9 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> bool:
       name: make_teacher(name, config, workdir, data, log)
       for name in config.teachers
     }
-    train_arms(config, workdir, data, log, plans, methods, teachers)
-    score_arms(config, workdir, data, plans, teachers)
-    write_report(config, workdir, data, plans)
+    train_arms(config, workdir, data, log, plans, methods, teachers, own)
+    score_arms(config, workdir, data, plans, teachers, own)
+    write_report(config, workdir, data, plans, own)
     seconds = time.monotonic() - started
     log({"stage": "run", "seconds": round(seconds, 1)})
     _LOG.info(
@@ -148,7 +156,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> bool:
 
 
 def check(
-  config: ml_collections.ConfigDict,
+  config: ml_collections.ConfigDict, own: own_lib.Own
 ) -> tuple[list[Plan], dict[str, objective.Method]]:
   """Returns every arm of a config, and its methods by name.
 
@@ -157,11 +165,11 @@ def check(
   """
   plans = plan_arms(config)
   methods = {
-    name: objective.make_method(dict(options))
+    name: objective.make_method(dict(options), own)
     for name, options in config.methods.items()
   }
   _check_teachers(config)
-  _check_names(config, plans)
+  _check_names(config, plans, own)
   return plans, methods
 
 
@@ -202,7 +210,9 @@ def _check_teachers(config: ml_collections.ConfigDict) -> None:
       )
 
 
-def _check_names(config: ml_collections.ConfigDict, plans: list[Plan]) -> None:
+def _check_names(
+  config: ml_collections.ConfigDict, plans: list[Plan], own: own_lib.Own
+) -> None:
   """Raises ValueError on a value that would only fail after hours."""
   options = inspect.signature(augment_lib.augment).parameters.values()
   known = [o.name for o in options if o.kind is o.KEYWORD_ONLY]
@@ -242,7 +252,7 @@ def _check_names(config: ml_collections.ConfigDict, plans: list[Plan]) -> None:
     make_training(dict(teacher.training))
     networks.make_network(teacher.network, **dict(teacher.options))
   for student in {plan.student for plan in plans}:
-    networks.make_network(student, **dict(config.students.get(student, {})))
+    make_student(student, config, own)
 
 
 def load_data(config: ml_collections.ConfigDict) -> Data:
@@ -559,6 +569,7 @@ def train_arms(
   plans: list[Plan],
   methods: Mapping[str, objective.Method],
   teachers: Mapping[str, Teacher],
+  own: own_lib.Own,
 ) -> None:
   """Trains every arm that has no result yet, all of them together.
 
@@ -579,7 +590,9 @@ def train_arms(
       config, workdir, data, teacher, [methods[p.method] for p in group]
     )
     contenders = {
-      plan.key: make_contender(plan, config, workdir, methods, teaching.shapes)
+      plan.key: make_contender(
+        plan, config, workdir, methods, teaching.shapes, own
+      )
       for plan in group
     }
     stage.train_together(
@@ -607,12 +620,27 @@ def list_untrained(workdir: pathlib.Path, plans: list[Plan]) -> list[Plan]:
   ]
 
 
+def make_student(
+  name: str, config: ml_collections.ConfigDict, own: own_lib.Own
+) -> nn.Module:
+  """Returns the student of that name, with the options that the config has.
+
+  Raises:
+    ValueError: on an unknown name or option.
+  """
+  options = dict(config.students.get(name, {}))
+  if name in own.students:
+    return own.students[name](axis_name=step_lib.AXIS, **options)
+  return networks.make_network(name, axis_name=step_lib.AXIS, **options)
+
+
 def make_contender(
   plan: Plan,
   config: ml_collections.ConfigDict,
   workdir: pathlib.Path,
   methods: Mapping[str, objective.Method],
   taught: Mapping[str, jax.ShapeDtypeStruct],
+  own: own_lib.Own,
 ) -> stage.Contender:
   """Returns the student of a plan, ready to be trained.
 
@@ -622,16 +650,13 @@ def make_contender(
     workdir: where its weights will go.
     methods: by name.
     taught: shapes of the teacher's outputs for one image.
+    own: students that a user adds.
 
   Raises:
     ValueError: if the student or the teacher lacks a tap of the method.
   """
   method = methods[plan.method]
-  student = networks.make_network(
-    plan.student,
-    axis_name=step_lib.AXIS,
-    **dict(config.students.get(plan.student, {})),
-  )
+  student = make_student(plan.student, config, own)
   distiller, inputs = stage.make_distiller(
     student, taught, method, size=config.data.size
   )
@@ -779,6 +804,7 @@ def score_arms(
   data: Data,
   plans: list[Plan],
   teachers: Mapping[str, Teacher],
+  own: own_lib.Own,
 ) -> None:
   """Scores every arm on every test set, once; rows go to scores.csv."""
   path = workdir / "scores.csv"
@@ -800,7 +826,7 @@ def score_arms(
         (
           plan.arm,
           plan.seed,
-          functools.partial(_student, plan, config, workdir),
+          functools.partial(_student, plan, config, workdir, own),
         )
       )
   predicts: dict[str, Callable[..., Any]] = {}
@@ -837,13 +863,12 @@ def score_arms(
 
 
 def _student(
-  plan: Plan, config: ml_collections.ConfigDict, workdir: pathlib.Path
+  plan: Plan,
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  own: own_lib.Own,
 ) -> Teacher:
-  network = networks.make_network(
-    plan.student,
-    axis_name=step_lib.AXIS,
-    **dict(config.students.get(plan.student, {})),
-  )
+  network = make_student(plan.student, config, own)
   variables, _ = checkpoint.load_variables(workdir / "arms" / plan.key)
   return Teacher(network, variables)
 
@@ -856,10 +881,11 @@ def write_report(
   workdir: pathlib.Path,
   data: Data,
   plans: list[Plan],
+  own: own_lib.Own,
 ) -> None:
   """Writes report.json, the tables and overlays.png from what lies there."""
   rows = scores_lib.read(workdir / "scores.csv")
-  meta = _describe_protocol(config, workdir, data, plans)
+  meta = _describe_protocol(config, workdir, data, plans, own)
   checkpoint.write_json(workdir / "report.json", meta)
   picture = _draw_overlays(workdir, data, rows)
   picture.save(workdir / "overlays.png")
@@ -872,6 +898,7 @@ def _describe_protocol(
   workdir: pathlib.Path,
   data: Data,
   plans: list[Plan],
+  own: own_lib.Own,
 ) -> dict[str, Any]:
   """Returns what `report.summary` calls meta."""
   size = config.data.size
@@ -883,13 +910,12 @@ def _describe_protocol(
     if not checkpoint.is_finished(folder):
       continue
     about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-    is_teacher = arm in config.teachers
-    options = (
-      config.teachers[arm].options
-      if is_teacher
-      else config.students.get(about["network"], {})
-    )
-    network = networks.make_network(about["network"], **dict(options))
+    if arm in config.teachers:
+      network = networks.make_network(
+        about["network"], **dict(config.teachers[arm].options)
+      )
+    else:
+      network = make_student(about["network"], config, own)
     if repr(network) not in macs:
       macs[repr(network)] = networks.count_macs(network, size=size)
     arms[arm] = {
@@ -930,7 +956,10 @@ def _describe_protocol(
       "official": data.train.official_count,
     },
     "datasets": {
-      test: {"found": arrays.found_count, "official": arrays.official_count}
+      # The images that choose are a part of the official training set.
+      test: {"found": len(arrays)}
+      if arrays is data.validation
+      else {"found": arrays.found_count, "official": arrays.official_count}
       for test, arrays in data.tests.items()
     },
     "protocol": {

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from kdseg import choices
 from kdseg import keys
+from kdseg import own as own_lib
 from kdseg.losses import attention
 from kdseg.losses import boundary
 from kdseg.losses import features
@@ -110,6 +111,7 @@ class Method:
     cwd_temperature: of cwd.
     dist_inter_weight: of the part of dist that two classes make degenerate.
     maskd_tokens: receptive tokens a tap, of maskd.
+    own: terms and regions that a user adds.
   """
 
   terms: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -140,12 +142,14 @@ class Method:
   cwd_temperature: float = 4.0
   dist_inter_weight: float = 0.0
   maskd_tokens: int = 8
+  own: own_lib.Own = dataclasses.field(default_factory=own_lib.Own)
 
   def __post_init__(self) -> None:
+    known_terms = (*TERMS, *self.own.terms)
     for name, weight in self.terms.items():
-      if name not in TERMS:
+      if name not in known_terms:
         raise ValueError(
-          f"unknown distillation term {name!r}; known: {', '.join(TERMS)}"
+          f"unknown distillation term {name!r}; known: {', '.join(known_terms)}"
         )
       if not weight > 0:
         raise ValueError(
@@ -155,6 +159,8 @@ class Method:
     if self.segmentation:
       _check_segmentation(self.segmentation)
     for name, known in _CHOICES.items():
+      if name == "region":
+        known = (*known, *self.own.regions)
       if getattr(self, name) not in known:
         raise ValueError(
           f"{name} must be one of {', '.join(known)}: {getattr(self, name)!r}"
@@ -208,19 +214,26 @@ _CHOICES = {
 }
 
 
-def make_method(options: Mapping[str, Any]) -> Method:
+def make_method(
+  options: Mapping[str, Any], own: own_lib.Own | None = None
+) -> Method:
   """Returns the method that a config names by its switches.
+
+  Args:
+    options: by switch.
+    own: terms and regions that a user adds.
 
   Raises:
     ValueError: on an unknown switch, with the nearest known one.
   """
-  known = [field.name for field in dataclasses.fields(Method)]
+  known = [f.name for f in dataclasses.fields(Method) if f.name != "own"]
   choices.check_known("switch of a method", options, known)
   return Method(
     **{
       name: tuple(value) if isinstance(value, list) else value
       for name, value in options.items()
-    }
+    },
+    own=own or own_lib.Own(),
   )
 
 
@@ -305,6 +318,16 @@ def distillation_terms(
   per_image |= _logit_terms(
     out["logits"], taught["logits"], labels, method=method
   )
+  for name, loss in method.own.terms.items():
+    if name in method.terms:
+      still = jax.tree.map(jax.lax.stop_gradient, dict(taught))
+      each = keys.per_image(rng, labels.shape[0])
+      per_image[name] = loss(out, still, labels, each)
+      if per_image[name].shape != labels.shape[:1]:
+        raise ValueError(
+          f"the term {name} gives {per_image[name].shape}, not one value an "
+          f"image, {labels.shape[:1]}"
+        )
   return {name: jnp.mean(value) for name, value in per_image.items()}
 
 
@@ -427,18 +450,24 @@ def _feature_terms(
   multiscale = name == "m2bf" and method.topology == "multiscale"
   heads = len(taps) if multiscale else method.generator_heads
   side = labels.shape[1]
+  radii = [
+    boundary.radius_at(side, radius)
+    for radius in features.band_radii(
+      method.radius, heads, method.band_schedule
+    )
+  ]
   regions = [
-    boundary.region(
+    method.own.regions[method.region](labels, radius)
+    if method.region in method.own.regions
+    else boundary.region(
       method.region,
       labels,
-      radius=boundary.radius_at(side, radius),
+      radius=radius,
       teacher_logits=taught["logits"],
       student_logits=out["logits"],
       rng=keys.fold_in(rng, 0x0FF5E7),
     )
-    for radius in features.band_radii(
-      method.radius, heads, method.band_schedule
-    )
+    for radius in radii
   ]
   ratios = features.mask_ratios(method.mask_ratio, heads, method.ratio_schedule)
   hiding |= {
@@ -488,7 +517,7 @@ def term_names(method: Method) -> dict[str, tuple[str, ...]]:
   """
   names = {}
   for term in method.terms:
-    whole = term in _WHOLE_TERMS or (
+    whole = term in (*_WHOLE_TERMS, *method.own.terms) or (
       term == "m2bf" and method.topology == "multiscale"
     )
     parts = ("maskd", "maskd_tokens") if term == "maskd" else (term,)

@@ -17,6 +17,7 @@ from kdseg import cache
 from kdseg import checkpoint
 from kdseg import experiment
 from kdseg import networks
+from kdseg import own as own_lib
 from kdseg import stage
 from kdseg import step as step_lib
 from kdseg import train
@@ -61,7 +62,7 @@ def estimate(
     DataError: if the data are not as they should be.
   """
   workdir = pathlib.Path(workdir)
-  plans, methods = experiment.check(config)
+  plans, methods = experiment.check(config, own_lib.Own())
   untrained = experiment.list_untrained(workdir, plans)
   setting = experiment.make_setting(config)
   data = experiment.load_data(config)
@@ -187,7 +188,7 @@ def estimate(
   predicts: dict[str, float] = {}
   for arm, group in by_arm.items():
     contender = experiment.make_contender(
-      group[0], config, workdir, methods, taught
+      group[0], config, workdir, methods, taught, own_lib.Own()
     )
     network = repr(contender.network)
     if network not in predicts:

@@ -21,6 +21,7 @@ from tiny_run import make_config
 
 from kdseg import checkpoint
 from kdseg import experiment
+from kdseg import own as own_lib
 from kdseg import workdir as workdir_lib
 from kdseg.report import scores as scores_lib
 
@@ -221,7 +222,7 @@ def test_the_primary_family_takes_the_best_rival_on_validation(
   config.methods.kd = {"terms": {"kd": 1.0}}
   config.arms.patch_unet.methods = ("none", "mbf", "kd")
   config.primary = (("mbf", "none"), ("mbf", ("none", "kd")), ("kd", "boom"))
-  plans, _ = experiment.check(config)
+  plans, _ = experiment.check(config, own_lib.Own())
   scores = {"none": 0.7, "mbf": 0.9, "kd": 0.8}
   for plan in plans:
     folder = tmp_path / "arms" / plan.key
@@ -522,6 +523,8 @@ def test_a_search_scores_the_images_that_choose_and_no_others(finished, folder):
   about = json.loads(
     (workdir / "arms" / "patch_unet-mbf-seed0" / "about.json").read_text()
   )
+  assert "Warning" not in (workdir / "table.md").read_text().split("Gate")[0]
+  assert "synthetic_validation, n = 8;" in (workdir / "table.md").read_text()
   # The one at the images' own size, 40 pixels, the other at 32.
   assert (
     abs(np.mean(by_arm["patch_unet-mbf"]) - about["validation_dice"]) < 0.05

@@ -9,6 +9,7 @@ import pytest
 import tiny
 
 from kdseg import objective
+from kdseg import own
 from kdseg import stage
 from kdseg.data import pipeline
 from kdseg.losses import boundary
@@ -702,3 +703,61 @@ def test_a_term_of_zero_stays_finite():
     steps=10,
   )
   np.testing.assert_allclose(total, 1.5)
+
+
+# ------------------------------------------------------------ a user's additions
+
+
+def add(name, loss):
+  return objective.make_method(
+    {"terms": {name: 2.0}}, own.Own(terms={name: loss})
+  )
+
+
+def test_a_term_of_a_users_own_is_the_mean_of_what_it_returns():
+  method = add("mine", lambda out, taught, labels, rng: jnp.array([1.0, 3.0]))
+  assert distil(method) == {"mine": 2.0}
+  assert objective.term_names(method) == {"mine": ("mine",)}
+  assert objective.balanced_names(method) == ()
+
+
+def test_a_term_of_a_users_own_moves_no_teacher():
+  def loss(out, taught, labels, rng):
+    return jnp.mean(out["logits"] * taught["logits"], (1, 2))
+
+  _, taught, _ = _answers()
+  gradient = jax.grad(
+    lambda logits: distil(
+      add("mine", loss), taught={**taught, "logits": logits}
+    )["mine"]
+  )(taught["logits"])
+  assert not gradient.any()
+
+
+def test_a_term_of_a_users_own_gets_a_key_an_image():
+  seen = []
+  add_up = lambda out, taught, labels, rng: (  # noqa: E731
+    seen.append(rng.shape) or jax.vmap(jax.random.uniform)(rng)
+  )
+  first, other = (distil(add("mine", add_up), seed=s)["mine"] for s in (0, 1))
+  assert seen == [(BATCH,), (BATCH,)]
+  assert first != other
+
+
+def test_a_term_of_a_users_own_without_a_value_an_image_is_refused():
+  with pytest.raises(ValueError, match=r"mine gives \(\), not one value an im"):
+    distil(add("mine", lambda out, taught, labels, rng: jnp.zeros(())))
+
+
+def test_a_region_of_a_users_own_is_where_features_are_hidden():
+  everywhere = objective.make_method(
+    {"terms": {"mbf": 1.0}, "region": "mine", "mask_ratio": 1.0},
+    own.Own(regions={"mine": lambda labels, radius: jnp.ones_like(labels)}),
+  )
+  expected = make_method("mbf", region="all", mask_ratio=1.0)
+  module, params = make_distiller(expected)
+  found, wanted = (
+    distil(method, module=module, params=params)
+    for method in (everywhere, expected)
+  )
+  jax.tree.map(np.testing.assert_array_equal, found, wanted)

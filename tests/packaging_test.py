@@ -28,7 +28,7 @@ LAYERS = (
   ("losses",),
   ("networks",),
   ("data",),
-  ("keys", "choices"),
+  ("keys", "choices", "own"),
 )
 # What may come at the core: neither flax, nor configs, nor files.
 PURE = {

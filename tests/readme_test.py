@@ -11,6 +11,11 @@ import sys
 from typing import NamedTuple
 
 import pytest
+import tiny
+from tiny_run import make_config
+
+from kdseg import checkpoint
+from kdseg import experiment
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SETUP = (
@@ -239,6 +244,61 @@ def test_every_marked_block_runs(tmp_path):
       assert block.language == "python", f"cannot run {block.language}"
       done = run(block.text, tmp_path)
       assert done.returncode == 0, f"{block.text}\n{done.stderr}"
+
+
+@pytest.fixture(scope="module")
+def own_run(tmp_path_factory):
+  """What the block that adds its own hands to `experiment.run`, and ran in
+  small: (config, workdir)."""
+  [block] = [b for b in blocks(readme()) if "experiment.run(" in b.text]
+  folder = tmp_path_factory.mktemp("own")
+  given = []
+  with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(str(ROOT))
+    patch.setattr(experiment, "run", lambda *arguments: given.append(arguments))
+    exec(compile(block.text, "README.md", "exec"), {"__name__": "own"})
+  [(config, _, own)] = given
+  tiny_config = make_config(folder / "data")
+  for key in ("data", "training"):
+    config[key] = tiny_config[key]
+  config.teachers.teacher_unet.options = {
+    "widths": (4, 4, 4),
+    "depths": (1, 1, 1),
+  }
+  config.teachers.teacher_unet.training = {"epochs": 1.0, "learning_rate": 1e-2}
+  config.evaluation.batch_size = 8
+  # The shipped arms have tests of their own.
+  del config.arms.patch_unet_12k
+  with tiny.compile_once(folder / "compiled"):
+    assert experiment.run(config, folder / "run", own)
+  return config, folder / "run"
+
+
+def test_what_a_user_adds_is_trained_and_scored(own_run):
+  _, workdir = own_run
+  rows = (workdir / "scores.csv").read_text().splitlines()[1:]
+  arms = {row.split(",")[0] for row in rows}
+  assert arms == {"teacher_unet", "thin-none", "thin-edges", "thin-left"}
+  log = (workdir / "log.jsonl").read_text()
+  assert '"soft_edges"' in log
+  assert '"mbf_decoder_low"' in log
+
+
+def test_what_a_user_adds_takes_part(own_run):
+  _, workdir = own_run
+  weights = [
+    checkpoint.load_variables(workdir / "arms" / f"thin-{method}-seed0")[0]
+    for method in ("none", "edges", "left")
+  ]
+  kernels = [w["params"]["Conv_0"]["kernel"] for w in weights]
+  assert (kernels[0] != kernels[1]).any()
+  assert (kernels[0] != kernels[2]).any()
+
+
+def test_a_name_that_a_user_did_not_hand_over_is_refused(own_run):
+  config, workdir = own_run
+  with pytest.raises(ValueError, match="soft_edges"):
+    experiment.run(config, workdir)
 
 
 def test_no_placeholder_is_left():
