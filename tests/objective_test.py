@@ -705,7 +705,7 @@ def test_a_term_of_zero_stays_finite():
   np.testing.assert_allclose(total, 1.5)
 
 
-# ------------------------------------------------------------ a user's additions
+# ----------------------------------------------------------- a user's additions
 
 
 def add(name, loss):
