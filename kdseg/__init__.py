@@ -1,1 +1,16 @@
 """Boundary distillation of skin-lesion segmentation networks."""
+
+import pathlib
+from typing import Any
+
+
+def load(name_or_path: str | pathlib.Path) -> Any:
+  """Returns a trained network; see `kdseg.deploy.models.load`.
+
+  `kdseg.load("isic2016-student").predict(image)` maps an image, [h, w, 3]
+  uint8 RGB, to the probability of lesion, [h, w].
+  """
+  # Here, so that `import kdseg` alone stays light.
+  from kdseg.deploy import models
+
+  return models.load(name_or_path)

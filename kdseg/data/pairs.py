@@ -25,7 +25,7 @@ GREY_MASKS = ("error", "threshold")
 
 _FORMATS = ("JPEG", "PNG", "BMP", "TIFF")
 _MASK_MODES = frozenset({"1", "L", "P", "RGB", "RGBA", "LA"})
-_IMAGE_MODES = frozenset({"RGB", "L", "P", "RGBA", "LA", "CMYK", "YCbCr"})
+IMAGE_MODES = frozenset({"RGB", "L", "P", "RGBA", "LA", "CMYK", "YCbCr"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +116,8 @@ def decode_image(content: bytes, where: str) -> np.ndarray:
   Raises:
     DataError: if the image is damaged, too large or of an unknown kind.
   """
-  image = _open(content, where)
-  if image.mode not in _IMAGE_MODES:
+  image = open_image(content, where)
+  if image.mode not in IMAGE_MODES:
     raise DataError(
       f"{where} has pixels of kind {image.mode!r}; convert it to 8-bit RGB."
     )
@@ -166,7 +166,7 @@ def mask_values(content: bytes, where: str) -> np.ndarray:
   Raises:
     DataError: if the mask is damaged, too large, or coloured.
   """
-  image = _open(content, where)
+  image = open_image(content, where)
   if image.mode not in _MASK_MODES:
     raise DataError(
       f"{where} has pixels of kind {image.mode!r}; a mask has 1, 8 or 24 bits."
@@ -222,7 +222,7 @@ def keep_or_encode(content: bytes, image: np.ndarray) -> bytes:
   return content if keep else encode_png(image)
 
 
-def _open(content: bytes, where: str) -> Image.Image:
+def open_image(content: bytes, where: str) -> Image.Image:
   """Opens and decodes wholly, so that a cut-off file shows here."""
   if not content:
     raise DataError(f"{where} is empty; replace it by the original file.")

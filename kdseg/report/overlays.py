@@ -157,20 +157,30 @@ def _check(case: Case) -> None:
       )
 
 
-def _outlined(case: Case) -> Image.Image:
-  scale = _TILE / max(case.image.shape[:2])
+def outline(
+  image: np.ndarray,
+  masks: Sequence[tuple[np.ndarray, tuple[int, int, int], float, float]],
+  side: int = _TILE,
+) -> Image.Image:
+  """Draws the outlines of masks over an image.
+
+  Args:
+    image: [h, w, 3] uint8.
+    masks: (mask [h, w] bool, colour, half width of the line, width of its dark
+      rim), the lowest first; widths in half pixels of the drawing.
+    side: longer side of the drawing, in pixels.
+
+  Returns:
+    The drawing.
+  """
+  scale = side / max(image.shape[:2])
   # Drawn at twice the size and shrunk, so that lines come out smooth.
-  size = [max(2, round(2 * scale * side)) for side in case.image.shape[1::-1]]
+  size = [max(2, round(2 * scale * length)) for length in image.shape[1::-1]]
   picture = np.array(
-    Image.fromarray(case.image).resize(size, Image.Resampling.BICUBIC),
+    Image.fromarray(image).resize(size, Image.Resampling.BICUBIC),
     np.float32,
   )
-  # The prediction is the thinner line and on top: where both agree, one sees
-  # both.
-  for mask, colour, radius, rim in (
-    (case.truth, TRUTH_COLOUR, 5.5, 1.5),
-    (case.prediction, PREDICTION_COLOUR, 2.2, 1.0),
-  ):
+  for mask, colour, radius, rim in masks:
     distance = _distance_to_outline(mask, size)
     for reach, ink, strength in (
       (radius + rim, (0, 0, 0), 0.55),  # a dark rim, seen on any skin
@@ -181,7 +191,19 @@ def _outlined(case: Case) -> Image.Image:
       picture[line] = picture[line] * (1 - cover) + np.array(ink) * cover
   drawn = Image.fromarray(np.round(picture).astype(np.uint8))
   return drawn.resize(
-    [max(1, side // 2) for side in size], Image.Resampling.BOX
+    [max(1, length // 2) for length in size], Image.Resampling.BOX
+  )
+
+
+def _outlined(case: Case) -> Image.Image:
+  # The prediction is the thinner line and on top: where both agree, one sees
+  # both.
+  return outline(
+    case.image,
+    [
+      (case.truth, TRUTH_COLOUR, 5.5, 1.5),
+      (case.prediction, PREDICTION_COLOUR, 2.2, 1.0),
+    ],
   )
 
 

@@ -1,0 +1,171 @@
+"""One network in one file: safetensors, with what is needed to run it.
+
+  python -m kdseg.deploy.weights WORKDIR --arm NAME --out FILE [--seed 0]
+
+writes a finished arm (or teacher) of a workdir. The layers that distillation
+trained along are not among a student's weights, so they are not in the file.
+"""
+
+import argparse
+from collections.abc import Mapping
+import json
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from kdseg import checkpoint
+
+Tree = Any
+
+# Changes when a reader of this version could not read the file any more.
+FORMAT = "1"
+# What a file says about its network; all of it text.
+REQUIRED = ("format", "network", "options", "size", "threshold")
+
+
+class WeightsError(Exception):
+  """A file of weights that cannot be used; says which and why."""
+
+
+def save(
+  path: str | pathlib.Path, variables: Tree, about: Mapping[str, Any]
+) -> None:
+  """Writes a network whole, or not at all.
+
+  Args:
+    path: of the file.
+    variables: {"params", "batch_stats"} of the network.
+    about: "network" and "options" of `networks.make_network`, "size" (side of
+      its input in pixels), "threshold", and anything else worth knowing; JSON
+      values.
+  """
+  path = pathlib.Path(path)
+  about = {"format": FORMAT, **about}
+  missing = [key for key in REQUIRED if key not in about]
+  if missing:
+    raise ValueError(f"about lacks {', '.join(missing)}")
+  arrays = {
+    name: np.ascontiguousarray(leaf)
+    for name, leaf in checkpoint.flatten(variables).items()
+  }
+  metadata = {
+    key: value if isinstance(value, str) else json.dumps(value)
+    for key, value in about.items()
+  }
+  path.parent.mkdir(parents=True, exist_ok=True)
+  scratch = path.with_name(path.name + ".part")
+  scratch.write_bytes(safetensors.numpy.save(arrays, metadata))
+  scratch.replace(path)
+
+
+def load(
+  path: str | pathlib.Path,
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+  """Returns ({name: array}, about) of a file that `save` wrote.
+
+  Raises:
+    WeightsError: if it is no such file, is damaged, or is of another version.
+  """
+  path = pathlib.Path(path)
+  try:
+    with safetensors.safe_open(path, framework="numpy") as file:
+      metadata = file.metadata() or {}
+      arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+  except (OSError, safetensors.SafetensorError) as error:
+    raise WeightsError(
+      f"{path} cannot be read as safetensors: {error}"
+    ) from error
+  missing = [key for key in REQUIRED if key not in metadata]
+  if missing:
+    raise WeightsError(
+      f"{path} was not written by kdseg: its metadata lack {', '.join(missing)}"
+    )
+  if metadata["format"] != FORMAT:
+    raise WeightsError(
+      f"{path} has format {metadata['format']}, and this kdseg reads {FORMAT}; "
+      "install the version that wrote it"
+    )
+  about: dict[str, Any] = {}
+  for key, value in metadata.items():
+    try:
+      about[key] = json.loads(value)
+    except json.JSONDecodeError:
+      about[key] = value
+  about["format"] = metadata["format"]
+  bad = [name for name, array in arrays.items() if not np.isfinite(array).all()]
+  if bad:
+    raise WeightsError(f"{path}: {bad[0]} is not finite")
+  return arrays, about
+
+
+def read_arm(
+  workdir: str | pathlib.Path, arm: str, seed: int = 0
+) -> tuple[Tree, dict[str, Any]]:
+  """Returns (variables, about) of a finished arm or teacher of a workdir.
+
+  Raises:
+    WeightsError: if there is none, with those that there are.
+  """
+  workdir = pathlib.Path(workdir)
+  teacher = workdir / "teachers" / arm
+  folder = (
+    teacher if teacher.exists() else workdir / "arms" / f"{arm}-seed{seed}"
+  )
+  if not checkpoint.is_finished(folder):
+    there = sorted(path.parent.name for path in workdir.glob("*/*/about.json"))
+    raise WeightsError(
+      f"{workdir} has no finished {folder.name}; it has "
+      f"{', '.join(there) or 'none at all'}"
+    )
+  try:
+    config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+  except (OSError, json.JSONDecodeError) as error:
+    raise WeightsError(
+      f"{workdir}/config.json cannot be read: {error}"
+    ) from error
+  variables, known = checkpoint.load_variables(folder)
+  part = config["teachers"].get(arm, {}).get("options")
+  if part is None:
+    part = config["students"].get(known["network"], {})
+  about = {
+    "network": known["network"],
+    "options": part,
+    "size": config["data"]["size"],
+    "threshold": 0.5,
+    "arm": known["arm"],
+    "seed": known["seed"],
+    "parameters": known["parameters"],
+    "validation_dice": known.get("validation_dice"),
+    "trained_on": config["data"]["name"],
+  }
+  return variables, about
+
+
+def main(arguments: list[str] | None = None) -> None:
+  """Writes the file that the arguments name."""
+  parser = argparse.ArgumentParser(
+    prog="python -m kdseg.deploy.weights",
+    description="Writes a finished network of a workdir to one file.",
+  )
+  parser.add_argument("workdir")
+  parser.add_argument("--arm", required=True, help="as in scores.csv")
+  parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--out", required=True, help="a .safetensors file")
+  options = parser.parse_args(arguments)
+  try:
+    variables, about = read_arm(options.workdir, options.arm, options.seed)
+  except (WeightsError, checkpoint.CheckpointError) as error:
+    sys.exit(f"kdseg: {error}")
+  save(options.out, variables, about)
+  size = pathlib.Path(options.out).stat().st_size
+  count = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+  print(f"{options.out}: {count:,} parameters, {size:,} bytes")
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,178 @@
+"""Segments images with a trained network.
+
+  python -m kdseg.predict MODEL IMAGES... --out DIR
+
+MODEL is a shipped model (isic2016-student), a file of weights, or the folder of
+an arm in a workdir; IMAGES are files, folders or patterns. Into DIR go
+masks/NAME.png at each image's own size (white where there is lesion),
+overlays/NAME.png, and predictions.csv with a row an image. One that cannot be
+read is named in its row and does not stop the others; the exit code is then 1.
+Research software, not a medical device.
+"""
+
+import argparse
+from collections.abc import Iterator
+from collections.abc import Sequence
+import csv
+import pathlib
+import sys
+import time
+
+import numpy as np
+from PIL import Image
+
+from kdseg.data import archives
+from kdseg.deploy import models
+from kdseg.deploy import pictures
+from kdseg.deploy import weights
+from kdseg.report import overlays
+
+COLUMNS = (
+  "file",
+  "mask",
+  "width",
+  "height",
+  "area_share",
+  "confidence",
+  "milliseconds",
+  "error",
+)
+_OVERLAY_SIDE = 1024  # pixels, the longer side at most
+
+
+def confidence(probability: np.ndarray, mask: np.ndarray) -> float:
+  """Returns how sure the network is of its answer, in [.5, 1] at p > .5.
+
+  The mean probability of what it calls lesion; where it calls nothing lesion,
+  the mean probability of skin. It is not calibrated.
+
+  Args:
+    probability: [h, w].
+    mask: [h, w] bool.
+  """
+  if mask.any():
+    return float(probability[mask].mean())
+  return float(1.0 - probability.mean())
+
+
+def name_outputs(paths: Sequence[pathlib.Path]) -> list[str]:
+  """Returns a file name for each path, no two alike (nor but for case)."""
+  taken: set[str] = set()
+  names = []
+  for path in paths:
+    name, number = f"{path.stem}.png", 2
+    while name.lower() in taken:
+      name, number = f"{path.stem}_{number}.png", number + 1
+    taken.add(name.lower())
+    names.append(name)
+  return names
+
+
+def predict(
+  model: models.Model,
+  paths: Sequence[pathlib.Path],
+  out: pathlib.Path,
+  *,
+  threshold: float,
+) -> Iterator[dict[str, object]]:
+  """Segments each image and yields its row, errors included.
+
+  Args:
+    model: the network.
+    paths: of images.
+    out: folder for masks and overlays.
+    threshold: lesion where the probability is above.
+  """
+  for folder in ("masks", "overlays"):
+    (out / folder).mkdir(parents=True, exist_ok=True)
+  for path, name in zip(paths, name_outputs(paths)):
+    row: dict[str, object] = dict.fromkeys(COLUMNS, "")
+    row["file"] = str(path)
+    try:
+      image = pictures.read(path)
+    except archives.DataError as error:
+      yield row | {"error": str(error)}
+      continue
+    began = time.perf_counter()
+    probability = model.predict(image)
+    milliseconds = 1e3 * (time.perf_counter() - began)
+    mask = probability > threshold
+    Image.fromarray(mask).save(out / "masks" / name)
+    picture = overlays.outline(
+      image,
+      [(mask, overlays.PREDICTION_COLOUR, 2.2, 1.0)],
+      min(_OVERLAY_SIDE, max(image.shape[:2])),
+    )
+    picture.save(out / "overlays" / name)
+    yield row | {
+      "mask": name,
+      "width": image.shape[1],
+      "height": image.shape[0],
+      "area_share": f"{mask.mean():.6f}",
+      "confidence": f"{confidence(probability, mask):.4f}",
+      "milliseconds": f"{milliseconds:.1f}",
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  """Runs the command line; returns its exit code."""
+  parser = argparse.ArgumentParser(
+    prog="python -m kdseg.predict",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument("model", metavar="MODEL")
+  parser.add_argument("images", metavar="IMAGES", nargs="+")
+  parser.add_argument("--out", required=True, help="folder for the results")
+  parser.add_argument(
+    "--threshold", type=float, help="lesion above it; the model's own if unset"
+  )
+  options = parser.parse_args(arguments)
+  try:
+    model = models.load(options.model)
+  except weights.WeightsError as error:
+    print(f"kdseg: {error}", file=sys.stderr)
+    return 2
+  threshold = options.threshold
+  if threshold is None:
+    threshold = model.threshold
+  elif not 0.0 < threshold < 1.0:
+    parser.error(f"--threshold must be between 0 and 1: {threshold}")
+  # Compiled before the first image, whose time would tell of nothing else.
+  model.predict(np.zeros((model.size, model.size, 3), np.uint8))
+  out = pathlib.Path(options.out)
+  paths = pictures.find(options.images)
+  failed = 0
+  try:
+    out.mkdir(parents=True, exist_ok=True)
+    with open(
+      out / "predictions.csv", "w", newline="", encoding="utf-8"
+    ) as file:
+      writer = csv.DictWriter(file, COLUMNS)
+      writer.writeheader()
+      for row in predict(model, paths, out, threshold=threshold):
+        writer.writerow({key: _cell(value) for key, value in row.items()})
+        file.flush()
+        if row["error"]:
+          failed += 1
+          print(f"kdseg: {row['error']}", file=sys.stderr)
+        else:
+          print(
+            f"{row['file']}: lesion on {float(row['area_share']):.1%} of the "
+            f"image, confidence {row['confidence']}"
+          )
+  except OSError as error:
+    print(f"kdseg: {out} cannot be written: {error}", file=sys.stderr)
+    return 2
+  print(f"{len(paths) - failed} of {len(paths)} segmented; see {out}")
+  return 1 if failed else 0
+
+
+def _cell(value: object) -> str:
+  """Keeps a spreadsheet from taking a file's name for a formula."""
+  text = str(value)
+  return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,120 @@
+import numpy as np
+from PIL import Image
+import pytest
+
+from kdseg.data import archives
+from kdseg.deploy import pictures
+
+# Grey runs from left to right, so that turns and inversions show.
+GREY = np.tile(np.linspace(0, 255, 12).astype(np.uint8), (8, 1))
+COLOUR = np.stack([GREY, GREY[:, ::-1], np.full_like(GREY, 40)], -1)
+
+
+def save(path, array, mode=None, **options):
+  image = Image.fromarray(array)
+  (image.convert(mode) if mode else image).save(path, **options)
+  return path
+
+
+@pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif"])
+def test_colour_is_read_as_it_is(tmp_path, suffix):
+  path = save(tmp_path / f"a{suffix}", COLOUR)
+  np.testing.assert_array_equal(pictures.read(path), COLOUR)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "I;16", "1", "P"])
+def test_grey_of_any_kind_becomes_three_channels(tmp_path, mode):
+  path = tmp_path / "a.png"
+  if mode == "I;16":
+    save(path, GREY.astype(np.uint16) * 257)
+  else:
+    save(path, GREY, mode)
+  found = pictures.read(path)
+  assert found.shape == (8, 12, 3)
+  assert found.dtype == np.uint8
+  np.testing.assert_array_equal(found[..., 0], found[..., 2])
+  expected = np.where(GREY > 127, 255, 0) if mode == "1" else GREY
+  if mode != "1":  # Pillow dithers
+    np.testing.assert_array_equal(found[..., 0], expected)
+
+
+def test_transparency_is_dropped(tmp_path):
+  alpha = np.zeros((8, 12, 1), np.uint8)
+  path = save(tmp_path / "a.png", np.concatenate([COLOUR, alpha], -1))
+  np.testing.assert_array_equal(pictures.read(path), COLOUR)
+
+
+def test_a_turned_photograph_is_read_upright(tmp_path):
+  exif = Image.Exif()
+  exif[0x0112] = 6  # to be turned by a quarter, with the clock
+  path = save(tmp_path / "a.png", COLOUR, exif=exif)
+  np.testing.assert_array_equal(
+    pictures.read(path), np.rot90(COLOUR, -1, (0, 1))
+  )
+
+
+@pytest.mark.parametrize(
+  ("content", "message"),
+  [
+    (b"", "is empty"),
+    (b"<html>", "cannot be decoded"),
+    (b"\x89PNG\r\n\x1a\n" + b"\0" * 40, "cannot be decoded"),
+  ],
+)
+def test_what_is_no_image_is_named(tmp_path, content, message):
+  path = tmp_path / "a.png"
+  path.write_bytes(content)
+  with pytest.raises(archives.DataError, match=rf"a\.png.*{message}"):
+    pictures.read(path)
+
+
+def test_a_cut_off_image_is_named(tmp_path):
+  path = save(tmp_path / "a.jpg", np.tile(COLOUR, (20, 20, 1)))
+  path.write_bytes(path.read_bytes()[:-200])
+  with pytest.raises(archives.DataError, match=r"a\.jpg"):
+    pictures.read(path)
+
+
+def test_an_image_of_absurd_size_is_refused_before_it_is_decoded(tmp_path):
+  path = tmp_path / "a.png"
+  Image.new("1", (12_000, 12_000)).save(path)
+  with pytest.raises(archives.DataError, match="12000x12000"):
+    pictures.read(path)
+
+
+def test_pixels_that_are_no_colours_are_refused(tmp_path):
+  path = tmp_path / "a.tif"
+  save(path, np.linspace(0, 1, 96, dtype=np.float32).reshape(8, 12))
+  with pytest.raises(archives.DataError, match="kind 'F'"):
+    pictures.read(path)
+
+
+def test_numbers_beyond_16_bits_are_refused(tmp_path):
+  path = save(tmp_path / "a.tif", np.full((4, 4), 70_000, np.int32))
+  with pytest.raises(archives.DataError, match="70000"):
+    pictures.read(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+  with pytest.raises(archives.DataError, match=r"gone\.png cannot be read"):
+    pictures.read(tmp_path / "gone.png")
+
+
+def test_files_folders_and_patterns_are_found_once_each(tmp_path):
+  for name in ("b.png", "a.JPG", "notes.txt", ".hidden.png"):
+    (tmp_path / name).touch()
+  a, b = tmp_path / "a.JPG", tmp_path / "b.png"
+  assert pictures.find([str(tmp_path)]) == [a, b]
+  assert pictures.find([str(tmp_path / "*.png"), str(b), str(a)]) == [b, a]
+  # Asked for by name, it is tried, whatever its suffix.
+  text = tmp_path / "notes.txt"
+  assert pictures.find([str(text)]) == [text]
+
+
+def test_what_is_not_there_comes_back_to_be_named(tmp_path):
+  gone = tmp_path / "gone.png"
+  empty = tmp_path / "empty"
+  empty.mkdir()
+  assert pictures.find([str(gone), str(empty)]) == [gone, empty]
+  with pytest.raises(archives.DataError, match="folder without images"):
+    pictures.read(empty)

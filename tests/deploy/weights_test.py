@@ -1,0 +1,138 @@
+import json
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+import tiny_model
+
+from kdseg import checkpoint
+from kdseg.deploy import weights
+
+
+def test_what_is_read_is_what_was_written(tmp_path):
+  path = tiny_model.write(tmp_path / "a.safetensors", seed=3, note="1e3")
+  arrays, about = weights.load(path)
+  expected = checkpoint.flatten(tiny_model.variables())
+  assert arrays.keys() == expected.keys()
+  for name, array in arrays.items():
+    np.testing.assert_array_equal(array, expected[name])
+    assert array.dtype == expected[name].dtype
+  assert about["options"] == tiny_model.OPTIONS
+  assert about["seed"] == 3
+  assert about["format"] == weights.FORMAT
+
+
+def test_nothing_half_written_is_left(tmp_path, monkeypatch):
+  path = tiny_model.write(tmp_path / "a.safetensors")
+  before = path.read_bytes()
+  monkeypatch.setattr(
+    weights.pathlib.Path,
+    "replace",
+    lambda self, to: (_ for _ in ()).throw(OSError("disk full")),
+  )
+  with pytest.raises(OSError, match="disk full"):
+    tiny_model.write(path, seed=9)
+  assert path.read_bytes() == before
+
+
+def test_what_a_reader_needs_cannot_be_left_out(tmp_path):
+  with pytest.raises(ValueError, match="about lacks size"):
+    weights.save(
+      tmp_path / "a.safetensors",
+      {},
+      {k: v for k, v in tiny_model.ABOUT.items() if k != "size"},
+    )
+
+
+@pytest.mark.parametrize("content", [b"", b"no tensors", b"\xff" * 64])
+def test_a_file_that_is_none_is_named(tmp_path, content):
+  path = tmp_path / "other.safetensors"
+  path.write_bytes(content)
+  with pytest.raises(weights.WeightsError, match=r"other\.safetensors cannot"):
+    weights.load(path)
+
+
+def test_a_cut_off_file_is_named(tmp_path):
+  path = tiny_model.write(tmp_path / "a.safetensors")
+  path.write_bytes(path.read_bytes()[:-5])
+  with pytest.raises(weights.WeightsError, match=r"a\.safetensors cannot"):
+    weights.load(path)
+
+
+def test_a_file_of_another_program_is_told_from_ours(tmp_path):
+  path = tmp_path / "a.safetensors"
+  safetensors.numpy.save_file({"x": np.zeros(2)}, path, {"by": "them"})
+  with pytest.raises(weights.WeightsError, match="not written by kdseg"):
+    weights.load(path)
+
+
+def test_a_file_of_another_version_says_what_to_do(tmp_path):
+  path = tmp_path / "a.safetensors"
+  metadata = {k: json.dumps(v) for k, v in tiny_model.ABOUT.items()}
+  safetensors.numpy.save_file(
+    {"x": np.zeros(2)}, path, metadata | {"format": "99"}
+  )
+  with pytest.raises(weights.WeightsError, match=r"format 99.*reads 1"):
+    weights.load(path)
+
+
+def test_a_weight_that_is_no_number_is_named(tmp_path):
+  path = tmp_path / "a.safetensors"
+  weights.save(path, {"params": {"x": np.array([np.nan])}}, tiny_model.ABOUT)
+  with pytest.raises(weights.WeightsError, match="params/x is not finite"):
+    weights.load(path)
+
+
+@pytest.fixture
+def workdir(tmp_path):
+  """A workdir with one student and one teacher, of the same network."""
+  config = {
+    "data": {"size": tiny_model.SIZE, "name": "synthetic"},
+    "teachers": {"teacher_x": {"options": tiny_model.OPTIONS}},
+    "students": {"patch_unet": tiny_model.OPTIONS},
+  }
+  checkpoint.write_json(tmp_path / "config.json", config)
+  about = {"network": "patch_unet", "seed": 1, "parameters": 7}
+  for folder, arm in (
+    ("arms/patch_unet-mbf-seed1", "patch_unet-mbf"),
+    ("teachers/teacher_x", "teacher_x"),
+  ):
+    checkpoint.save_variables(
+      tmp_path / folder, tiny_model.variables(), {**about, "arm": arm}
+    )
+  return tmp_path
+
+
+@pytest.mark.parametrize("arm", ["patch_unet-mbf", "teacher_x"])
+def test_a_networks_options_come_from_the_run_it_is_of(workdir, arm):
+  variables, about = weights.read_arm(workdir, arm, 1)
+  assert about["options"] == tiny_model.OPTIONS
+  assert about["size"] == tiny_model.SIZE
+  assert about["arm"] == arm
+  jax.tree.map(np.testing.assert_array_equal, variables, tiny_model.variables())
+
+
+def test_an_arm_that_is_not_there_is_answered_with_those_that_are(workdir):
+  with pytest.raises(
+    weights.WeightsError,
+    match=r"no finished patch_unet-mbf-seed0; it has patch_unet-mbf-seed1, tea",
+  ):
+    weights.read_arm(workdir, "patch_unet-mbf", 0)
+
+
+def test_the_command_writes_the_file(workdir, capsys):
+  out = workdir / "deep" / "model.safetensors"
+  weights.main(
+    [str(workdir), "--arm", "patch_unet-mbf", "--seed", "1", "--out", str(out)]
+  )
+  arrays, about = weights.load(out)
+  assert about["trained_on"] == "synthetic"
+  count = sum(a.size for n, a in arrays.items() if n.startswith("params/"))
+  assert f"{count:,} parameters" in capsys.readouterr().out
+
+
+def test_the_command_says_in_one_line_what_is_wrong(tmp_path):
+  with pytest.raises(SystemExit) as stop:
+    weights.main([str(tmp_path), "--arm", "x", "--out", str(tmp_path / "y")])
+  assert "no finished x-seed0; it has none at all" in str(stop.value.code)
