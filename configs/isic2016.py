@@ -56,6 +56,8 @@ COMPARISON = {
   },
   # One generator with the parameters of a cascade of three, at 32 channels.
   "wide": {**BAND, "generator_width": 96},
+  "no_generator": {**BAND, "generator": "identity"},
+  "no_region": {**BAND, "region": "none"},
   "smoothing": {"segmentation": {"smoothed_bce": 1.0, "dice": 1.0}},
   "shuffled": {**BAND, "answers": "shuffled"},
   # The rivals.

@@ -39,6 +39,7 @@ from kdseg import train
 from kdseg import workdir as workdir_lib
 from kdseg.data import augment as augment_lib
 from kdseg.data import pipeline
+from kdseg.losses import boundary
 from kdseg.networks.teachers import ensemble
 from kdseg.report import overlays
 from kdseg.report import scores as scores_lib
@@ -231,6 +232,16 @@ def _check_names(
       f'taught_averaging is "{config.taught_averaging}": eight passes of the '
       "teacher a batch are only affordable with precompute_teacher"
     )
+  for key, mine, shipped in (
+    ("terms", own.terms, (*objective.TERMS, *objective.RESERVED)),
+    ("regions", own.regions, boundary.REGIONS),
+    ("students", own.students, networks.NETWORKS),
+  ):
+    taken = sorted(set(mine) & set(shipped))
+    if taken:
+      raise ValueError(
+        f'own.{key}: the name "{taken[0]}" is taken; choose another'
+      )
   for key, size in (
     ("data.batch_size", config.data.batch_size),
     ("evaluation.batch_size", config.evaluation.batch_size),
@@ -247,10 +258,28 @@ def _check_names(
           f'primary names the method "{name}"; config.methods defines '
           f"{', '.join(config.methods)}"
         )
+  for name in {plan.method for plan in plans}:
+    switches = config.methods[name]
+    if switches.get("terms") and not config.distil_from:
+      raise ValueError(
+        f'method "{name}" has terms, which need a teacher: set distil_from'
+      )
+    shuffled = switches.get("answers", "own") == "shuffled"
+    if shuffled and config.data.batch_size // jax.device_count() < 2:
+      raise ValueError(
+        f'method "{name}" shuffles answers, which takes two images a device: '
+        "raise data.batch_size"
+      )
   make_training(dict(config.training))
-  for teacher in config.teachers.values():
+  for name, teacher in config.teachers.items():
     make_training(dict(teacher.training))
-    networks.make_network(teacher.network, **dict(teacher.options))
+    network = networks.make_network(teacher.network, **dict(teacher.options))
+    if teacher.precompute and getattr(network, "trained_from", 0) < 1:
+      raise ValueError(
+        f"teachers.{name}.precompute: this network has no frozen block, so "
+        "there is nothing to compute before; set precompute to False, or "
+        "trained_from above 0"
+      )
   for student in {plan.student for plan in plans}:
     make_student(student, config, own)
 
@@ -324,11 +353,12 @@ def is_finished(
   workdir: pathlib.Path,
   plans: list[Plan],
 ) -> bool:
-  """Whether every arm is scored and the report is newer than the scores."""
+  """Whether every arm is scored and the report newer than its sources."""
   scores, table = workdir / "scores.csv", workdir / "table.md"
   if not (scores.exists() and table.exists()):
     return False
-  if table.stat().st_mtime < scores.stat().st_mtime:
+  made_from = (scores, workdir / "config.json")
+  if any(table.stat().st_mtime < path.stat().st_mtime for path in made_from):
     return False
   rows, _ = scores_lib.recover(scores)
   done = set(scores_lib.groups(rows))
@@ -459,10 +489,6 @@ def _encode(
   seed: int,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
   """Computes a frozen encoder's answers for training and validation."""
-  if not hasattr(network, "encode"):
-    raise ValueError(
-      f"teachers.{name}.precompute: this network has no frozen encoder"
-    )
   rng = jax.random.fold_in(jax.random.key(seed), 0)
   variables = networks.make_variables(
     network, rng, size=config.data.size, weights=config.encoder_weights
@@ -943,6 +969,15 @@ def _describe_protocol(
       f"kept out of training, as duplicates of test images: {excluded}"
     )
   training = make_training(dict(config.training))
+  if config.taught_averaging != "none":
+    notes.append(
+      "what the students are taught is the mean of the teacher's logits and "
+      "features over eight orientations; a teacher's score is that of the mean "
+      "of its probabilities"
+      if config.evaluation.teacher_averaging != "none"
+      else "what the students are taught is the mean of the teacher's logits "
+      "and features over eight orientations; its score is without averaging"
+    )
   averaging = config.evaluation.averaging
   if config.evaluation.teacher_averaging != averaging:
     averaging += f" (teachers: {config.evaluation.teacher_averaging})"
@@ -977,9 +1012,9 @@ def _describe_protocol(
   }
   if teacher:
     meta["teacher"] = teacher
-  family = _primary_family(config, workdir, data, plans)
-  if family:
-    meta["primary"] = family
+  if "primary" in config:
+    meta["primary"] = _primary_family(config, data)
+    meta["validation"] = _validation_dice(workdir, plans)
   groups = dict(config.evaluation.get("groups", {}))
   if groups:
     meta["groups"] = {name: list(ids) for name, ids in groups.items()}
@@ -987,35 +1022,38 @@ def _describe_protocol(
 
 
 def _primary_family(
-  config: ml_collections.ConfigDict,
-  workdir: pathlib.Path,
-  data: Data,
-  plans: list[Plan],
-) -> list[dict[str, str]]:
+  config: ml_collections.ConfigDict, data: Data
+) -> list[dict[str, Any]]:
   """Returns the comparisons that `config.primary` names, for every student.
 
-  It holds pairs of methods, (one, the other). Where the other are several, it
-  is that of the best mean validation Dice: nothing is chosen on a test set.
+  It holds pairs of methods, (one, the other); of several others the report
+  takes the best on validation.
   """
-  validation: dict[str, list[float]] = {}
-  for plan in plans:
-    about = workdir / "arms" / plan.key / "about.json"
-    if about.exists():
-      score = json.loads(about.read_text(encoding="utf-8"))["validation_dice"]
-      validation.setdefault(plan.arm, []).append(score)
   family = []
   for student in config.arms:
-    for method, others in config.get("primary", ()):
-      arm = f"{student}-{method}"
-      others = [others] if isinstance(others, str) else others
-      against = [f"{student}-{other}" for other in others]
-      against = [other for other in against if other in validation]
-      if arm in validation and against:
-        best = max(against, key=lambda other: np.mean(validation[other]))
-        family += [
-          {"dataset": test, "arm": arm, "against": best} for test in data.tests
-        ]
+    for method, others in config.primary:
+      against: Any = f"{student}-{others}"
+      if not isinstance(others, str):
+        against = [f"{student}-{other}" for other in others]
+      family += [
+        {"dataset": test, "arm": f"{student}-{method}", "against": against}
+        for test in data.tests
+      ]
   return family
+
+
+def _validation_dice(
+  workdir: pathlib.Path, plans: list[Plan]
+) -> dict[str, dict[str, float]]:
+  """Returns {arm: {seed: Dice of the weights that were kept}}."""
+  found: dict[str, dict[str, float]] = {}
+  for plan in plans:
+    path = workdir / "arms" / plan.key / "about.json"
+    if path.exists():
+      about = json.loads(path.read_text(encoding="utf-8"))
+      by_seed = found.setdefault(plan.arm, {})
+      by_seed[str(plan.seed)] = about["validation_dice"]
+  return found
 
 
 def _draw_overlays(

@@ -58,6 +58,12 @@ PUBLISHED_WEIGHTS: Mapping[str, float] = {
   "ultralbm": 1.0,
 }
 
+# Names in the log that a term of a user's own must leave alone.
+RESERVED = (
+  "loss", "task", "finite", "gradient_norm", "bce", "smoothed_bce", "dice",
+  "focal",
+)  # fmt: skip
+
 SEGMENTATION_TERMS: Mapping[str, Callable[[Array, Array], Array]] = {
   "bce": segmentation.bce,
   "smoothed_bce": functools.partial(segmentation.bce, label_smoothing=0.1),

@@ -21,6 +21,7 @@ from kdseg import own as own_lib
 from kdseg import stage
 from kdseg import step as step_lib
 from kdseg import train
+from kdseg.report import scores as scores_lib
 
 Tree = Any
 
@@ -47,10 +48,11 @@ def estimate(
 ) -> list[Item]:
   """Measures every kind of work that is left to do, on this machine.
 
-  Each compiled function runs on zeros, its compilation left out. What
-  `workdir` holds already is not counted; a training that was stopped half-way
-  counts whole. Reading data, writing files and the boundary metrics of the
-  scores are left out.
+  Each compiled function runs on zeros, its compilation left out. Networks
+  that `workdir` holds already are not trained again, and scores not taken
+  again; a training that was stopped half-way counts whole, and so do passes of
+  a frozen teacher that a cache may hold. Reading data, writing files and the
+  boundary metrics of the scores are left out.
 
   Args:
     config: see `configs/`.
@@ -64,12 +66,23 @@ def estimate(
   workdir = pathlib.Path(workdir)
   plans, methods = experiment.check(config, own_lib.Own())
   untrained = experiment.list_untrained(workdir, plans)
-  setting = experiment.make_setting(config)
+  setting = dataclasses.replace(
+    experiment.make_setting(config), encoder_weights=False
+  )
   data = experiment.load_data(config)
   batch, evaluated = config.data.batch_size, config.evaluation.batch_size
-  scoring = sum(-(-len(arrays) // evaluated) for arrays in data.tests.values())
+  scored, _ = scores_lib.recover(workdir / "scores.csv")
+  done = set(scores_lib.groups(scored))
   all_views = -(-len(data.train) // evaluated) * cache.ORIENTATIONS
   image = _zeros((evaluated, config.data.size, config.data.size, 3), np.uint8)
+
+  def passes_left(arm: str, seed: int, averaging: str) -> int:
+    views = cache.ORIENTATIONS if averaging == "dihedral" else 1
+    return views * sum(
+      -(-len(arrays) // evaluated)
+      for test, arrays in data.tests.items()
+      if (arm, seed, test) not in done
+    )
 
   def time_pass(network: nn.Module, variables: Tree) -> float:
     predict = stage.make_predict(network)
@@ -87,8 +100,14 @@ def estimate(
   ) -> list[Item]:
     steps = training.steps(len(data.train), batch)
     # With one kind a call, the memory of one arm at a time.
+    deviations = None
+    if contender.method.normalise == "std":
+      deviations = {
+        tap: np.ones(x.shape[-1], np.float32)
+        for tap, x in prepared["taught"].items()
+      }
     [arm] = stage.make_arms(
-      {what: contender}, setting, training, steps
+      {what: contender}, setting, training, steps, deviations
     ).values()
 
     def update() -> Tree:
@@ -96,13 +115,16 @@ def estimate(
       return metrics
 
     seconds = _median(update, repeats)
-    validations = -(-training.epochs // training.validate_epochs)
+    per_epoch = len(data.train) / batch
+    validations = -(
+      -steps // max(1, round(training.validate_epochs * per_epoch))
+    )
     passes = -(-len(data.validation) // evaluated)
     return [
       Item(f"{what}: steps of {batch}", count * steps, seconds),
       Item(
         f"{what}: validation, passes of {evaluated}",
-        int(count * validations * passes),
+        count * validations * passes,
         predict,
       ),
     ]
@@ -114,23 +136,33 @@ def estimate(
       "mask": _zeros((batch, side, side)),
     }
   )
-  items, teachers = [], {}
+  taught_arms = [p for p in untrained if methods[p.method].terms]
+  items, teachers, seconds = [], {}, {}
+  averaging = config.evaluation.teacher_averaging
   for name, c in config.teachers.items():
     network = networks.make_network(
       c.network, axis_name=step_lib.AXIS, **dict(c.options)
     )
     variables = _initial(network, side)
     teachers[name] = experiment.Teacher(network, variables)
-    seconds = time_pass(network, variables)
-    averaged = config.evaluation.teacher_averaging == "dihedral"
     training = experiment.make_training(dict(c.training))
     ready = c.checkpoint or checkpoint.is_finished(workdir / "teachers" / name)
-    if not ready and training.steps(len(data.train), batch):
+    trains = not ready and training.steps(len(data.train), batch) > 0
+    teaches = bool(taught_arms) and name in config.distil_from
+    left = passes_left(name, int(c.seed), averaging)
+    if not (trains or teaches or left):
+      continue
+    seconds[name] = time_pass(network, variables)
+    if trains:
       given = prepared
       if c.precompute:
         # Counted as a whole pass: the frozen blocks are most of it.
         items.append(
-          Item(f"{name}: encoding, passes of {evaluated}", all_views, seconds)
+          Item(
+            f"{name}: encoding, passes of {evaluated}",
+            all_views,
+            seconds[name],
+          )
         )
         shapes = jax.eval_shape(
           lambda v, x, n=network: n.apply(v, x, method="encode"),
@@ -144,24 +176,28 @@ def estimate(
         stage.Contender(name, network, 0, workdir, {}),
         training,
         given,
-        seconds,
+        seconds[name],
       )
-    if untrained and config.precompute_teacher and name in config.distil_from:
+    if teaches and config.precompute_teacher:
       items.append(
-        Item(f"{name}: answers, passes of {evaluated}", all_views, seconds)
+        Item(
+          f"{name}: answers, passes of {evaluated}", all_views, seconds[name]
+        )
       )
     items.append(
-      Item(
-        f"{name}: scoring, passes of {evaluated}",
-        scoring * (cache.ORIENTATIONS if averaged else 1),
-        seconds,
-      )
+      Item(f"{name}: scoring, passes of {evaluated}", left, seconds[name])
+    )
+  if len(config.distil_from) > 1:
+    left = passes_left(experiment.JOINT, int(config.seed), averaging)
+    each = sum(seconds.get(name, 0.0) for name in config.distil_from)
+    items.append(
+      Item(f"{experiment.JOINT}: scoring, passes of {evaluated}", left, each)
     )
 
   training = experiment.make_training(dict(config.training))
   taught = {}
   teacher = experiment.join_teachers(config, teachers)
-  if teacher is not None and untrained:
+  if teacher is not None and taught_arms:
     teach = step_lib.make_teach(
       teacher.network,
       experiment.list_taps(methods[plan.method] for plan in untrained),
@@ -182,36 +218,40 @@ def estimate(
           _median(lambda: ask(held, prepared["image"]), repeats),
         )
       )
-  by_arm: dict[str, list[experiment.Plan]] = {}
-  for plan in untrained:
-    by_arm.setdefault(plan.arm, []).append(plan)
   predicts: dict[str, float] = {}
-  for arm, group in by_arm.items():
-    contender = experiment.make_contender(
-      group[0], config, workdir, methods, taught, own_lib.Own()
+  for arm in dict.fromkeys(plan.arm for plan in plans):
+    group = [plan for plan in untrained if plan.arm == arm]
+    left = sum(
+      passes_left(arm, plan.seed, config.evaluation.averaging)
+      for plan in plans
+      if plan.arm == arm
+      and not (workdir / "arms" / plan.key / "failed.json").exists()
     )
-    network = repr(contender.network)
-    if network not in predicts:
-      predicts[network] = time_pass(
-        contender.network, _initial(contender.network, side)
+    if not (group or left):
+      continue
+    student = next(plan.student for plan in plans if plan.arm == arm)
+    network = experiment.make_student(student, config, own_lib.Own())
+    if repr(network) not in predicts:
+      predicts[repr(network)] = time_pass(network, _initial(network, side))
+    if group:
+      items += time_training(
+        f"{arm} x {len(group)}",
+        experiment.make_contender(
+          group[0], config, workdir, methods, taught, own_lib.Own()
+        ),
+        training,
+        prepared,
+        predicts[repr(network)],
+        len(group),
       )
-    items += time_training(
-      f"{arm} x {len(group)}",
-      contender,
-      training,
-      prepared,
-      predicts[network],
-      len(group),
-    )
-    averaged = config.evaluation.averaging == "dihedral"
     items.append(
       Item(
-        f"{arm} x {len(group)}: scoring, passes of {evaluated}",
-        scoring * len(group) * (cache.ORIENTATIONS if averaged else 1),
-        predicts[network],
+        f"{arm}: scoring, passes of {evaluated}",
+        left,
+        predicts[repr(network)],
       )
     )
-  return items
+  return [item for item in items if item.count]
 
 
 def format_items(items: Sequence[Item]) -> str:
@@ -241,7 +281,7 @@ def _initial(network: nn.Module, side: int) -> Tree:
 
 
 def _median(function: Callable[[], Tree], repeats: int) -> float:
-  """Returns the median seconds of a call, the first and slowest left out."""
+  """Returns the median seconds of a call, the first, compiling one left out."""
   jax.block_until_ready(function())
   taken = []
   for _ in range(repeats):

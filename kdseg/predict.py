@@ -26,6 +26,7 @@ from kdseg.deploy import models
 from kdseg.deploy import pictures
 from kdseg.deploy import weights
 from kdseg.report import overlays
+from kdseg.report import scores
 
 COLUMNS = (
   "file",
@@ -151,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       writer = csv.DictWriter(file, COLUMNS)
       writer.writeheader()
       for row in predict(model, paths, out, threshold=threshold):
-        writer.writerow({key: _cell(value) for key, value in row.items()})
+        writer.writerow({k: scores.safe_cell(str(v)) for k, v in row.items()})
         file.flush()
         if row["error"]:
           failed += 1
@@ -166,12 +167,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 2
   print(f"{len(paths) - failed} of {len(paths)} segmented; see {out}")
   return 1 if failed else 0
-
-
-def _cell(value: object) -> str:
-  """Keeps a spreadsheet from taking a file's name for a formula."""
-  text = str(value)
-  return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
 
 
 if __name__ == "__main__":

@@ -59,8 +59,8 @@ def adopt_config(
 ) -> None:
   """Writes config.json, or checks that the one there is of the same run.
 
-  Arms and methods may be added to a run, and arms taken away; nothing else
-  may change.
+  Arms and methods may be added to a run, arms taken away, and the primary
+  family of comparisons changed; nothing else may change.
 
   Raises:
     WorkdirError: that names the first key which differs.
@@ -72,7 +72,7 @@ def adopt_config(
     for key, before, now in differences(old, new):
       top, *inner = key.split(".")
       whole_method = top == "methods" and len(inner) == 1
-      if top == "arms" or (whole_method and None in (before, now)):
+      if top in ("arms", "primary") or (whole_method and None in (before, now)):
         continue
       raise WorkdirError(
         f"{workdir} holds a run of another config: {key} was {before!r} and "

@@ -68,6 +68,13 @@ def test_every_name_in_it_exists(path, tmp_path):
       experiment.run(config, tmp_path)
 
 
+def test_terms_have_their_published_weights(path):
+  for config in variants(path).values():
+    for method in config.methods.values():
+      for term, weight in method.get("terms", {}).items():
+        assert weight == objective.PUBLISHED_WEIGHTS[term]
+
+
 def test_a_variant_that_is_not_there_is_answered_with_those_that_are(path):
   names = set(variants(path)) - {""}
   if names:

@@ -215,27 +215,69 @@ def test_the_picture_shows_something(finished):
     assert len(image.getcolors(1 << 24)) > 100
 
 
-def test_the_primary_family_takes_the_best_rival_on_validation(
-  data_dir, tmp_path
+def test_the_primary_family_is_written_down_with_what_chooses_in_it(
+  finished, folder
 ):
-  config = make_config(data_dir)
-  config.methods.kd = {"terms": {"kd": 1.0}}
-  config.arms.patch_unet.methods = ("none", "mbf", "kd")
-  config.primary = (("mbf", "none"), ("mbf", ("none", "kd")), ("kd", "boom"))
-  plans, _ = experiment.check(config, own_lib.Own())
-  scores = {"none": 0.7, "mbf": 0.9, "kd": 0.8}
-  for plan in plans:
-    folder = tmp_path / "arms" / plan.key
-    folder.mkdir(parents=True)
-    about = {"validation_dice": scores[plan.method]}
-    checkpoint.write_json(folder / "about.json", about)
-  data = experiment.Data(train=None, validation=None, tests={"ph2": None})
-  found = experiment._primary_family(config, tmp_path, data, plans)
-  # What was not trained, "boom", is not compared with.
-  assert [(f["dataset"], f["arm"], f["against"]) for f in found] == [
-    ("ph2", "patch_unet-mbf", "patch_unet-none"),
-    ("ph2", "patch_unet-mbf", "patch_unet-kd"),
+  workdir = folder / "primary"
+  shutil.copytree(finished.workdir, workdir)
+  config = finished.config.copy_and_resolve_references()
+  config.primary = (("mbf", "none"), ("mbf", ("none", "boom")))
+  # The comparisons of a finished run may change: its report is made again.
+  assert experiment.run(config, workdir) is True
+  report = json.loads((workdir / "report.json").read_text())
+  here = {"dataset": "synthetic_test", "arm": "patch_unet-mbf"}
+  assert report["primary"] == [
+    {**here, "against": "patch_unet-none"},
+    {**here, "against": ["patch_unet-none", "patch_unet-boom"]},
   ]
+  about = workdir / "arms" / "patch_unet-mbf-seed0" / "about.json"
+  assert report["validation"]["patch_unet-mbf"] == {
+    "0": json.loads(about.read_text())["validation_dice"]
+  }
+  assert "patch_unet-boom" not in report["validation"]
+  assert experiment.run(config, workdir) is False
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"distil_from": ()}, 'method "mbf" has terms, which need a teacher'),
+    (
+      {"methods": {"none": {}, "mbf": {"terms": {"kd": 1.0},
+                                       "answers": "shuffled"}, "boom": {}},
+       "data": 4},
+      "shuffles answers, which takes two images a device",
+    ),
+    (
+      {"teachers": {"teacher_unet": {**TEACHER, "precompute": True}}},
+      "teacher_unet.precompute: this network has no frozen block",
+    ),
+  ],
+)  # fmt: skip
+def test_what_would_fail_after_hours_fails_at_once(
+  change, message, data_dir, tmp_path
+):
+  size = change.pop("data", None)
+  config = make_config(data_dir, **change)
+  if size:
+    config.data.batch_size = size
+  with pytest.raises(ValueError, match=message):
+    experiment.run(config, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+  "own",
+  [
+    own_lib.Own(terms={"fitnet": None}),
+    own_lib.Own(terms={"loss": None}),
+    own_lib.Own(regions={"all": None}),
+    own_lib.Own(students={"enet": None}),
+  ],
+)
+def test_a_name_that_is_taken_is_refused(own, data_dir, tmp_path):
+  with pytest.raises(ValueError, match="is taken; choose another"):
+    experiment.run(make_config(data_dir), tmp_path / "run", own)
 
 
 def test_a_primary_family_of_unknown_methods_is_refused(data_dir, tmp_path):

@@ -7,6 +7,7 @@ from tiny_run import make_config
 
 from kdseg import checkpoint
 from kdseg import plan
+from kdseg.report import scores as scores_lib
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -50,10 +51,10 @@ def test_counts_every_kind_of_work_once(items):
     "teacher_vit: scoring, passes of 8": 1,
     "patch_unet-none x 3: steps of 8": 3 * 6,
     "patch_unet-none x 3: validation, passes of 8": 3 * 2,
-    "patch_unet-none x 3: scoring, passes of 8": 3,
+    "patch_unet-none: scoring, passes of 8": 3,
     "patch_unet-mbf x 3: steps of 8": 3 * 6,
     "patch_unet-mbf x 3: validation, passes of 8": 3 * 2,
-    "patch_unet-mbf x 3: scoring, passes of 8": 3,
+    "patch_unet-mbf: scoring, passes of 8": 3,
   }
 
 
@@ -75,15 +76,31 @@ def test_what_is_there_already_is_not_counted(config, folder):
   failed = workdir / "arms" / "patch_unet-mbf-seed0" / "failed.json"
   failed.parent.mkdir(parents=True)
   failed.write_text("{}")
+  row = dict.fromkeys(scores_lib.COLUMNS, 0)
+  row |= {"arm": "teacher_vit", "seed": 0, "dataset": "synthetic_test"}
+  scores_lib.write(
+    workdir / "scores.csv", [row | {"id": f"test_{i:05d}"} for i in range(6)]
+  )
   found = counts(plan.estimate(config, workdir, repeats=1))
-  assert set(found) == {
-    "teacher_vit: answers, passes of 8",
-    "teacher_vit: scoring, passes of 8",
-    "patch_unet-mbf x 2: steps of 8",
-    "patch_unet-mbf x 2: validation, passes of 8",
-    "patch_unet-mbf x 2: scoring, passes of 8",
+  assert found == {
+    "teacher_vit: answers, passes of 8": 8 * 3,
+    "patch_unet-none: scoring, passes of 8": 3,
+    "patch_unet-mbf x 2: steps of 8": 2 * 6,
+    "patch_unet-mbf x 2: validation, passes of 8": 2 * 2,
+    "patch_unet-mbf: scoring, passes of 8": 2,
   }
-  assert found["patch_unet-mbf x 2: steps of 8"] == 2 * 6
+
+
+def test_a_method_that_normalises_by_the_teacher_is_timed_too(config, folder):
+  config = config.copy_and_resolve_references()
+  config.methods.std = {
+    "terms": {"fitnet": 1.0},
+    "taps": ("decoder_low",),
+    "normalise": "std",
+  }
+  config.arms.patch_unet = {"methods": ("std",), "seeds": (0,)}
+  found = counts(plan.estimate(config, folder / "run", repeats=1))
+  assert found["patch_unet-std x 1: steps of 8"] == 6
 
 
 def test_the_table_adds_up():

@@ -17,6 +17,6 @@ published ones by default; the weight of the whole is not.
 `segmentation` compares with the labels, `logits` with the teacher's logits.
 `features` and `attention` compare with the teacher's features, once the
 student's are aligned; `relations` compares what features of any width have in
-common. `boundary` says where the lesion's edge is. `grids`, `reduce` and
-`keys` are their small common parts. docs/methods.md has all of them on a page.
+common. `boundary` says where the lesion's edge is. `grids` and `reduce` are
+their small common parts. docs/methods.md has all of them on a page.
 """

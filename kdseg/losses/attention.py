@@ -27,12 +27,6 @@ def _both(student_feat: Array, teacher_feat: Array) -> tuple[Array, Array]:
   )
 
 
-def _on_grid(labels: Array, feat: Array) -> Array:
-  chex.assert_rank(labels, 3, exception_type=ValueError)
-  chex.assert_equal_shape_prefix([labels, feat], 1, exception_type=ValueError)
-  return grids.nearest_labels(labels, *feat.shape[1:3])
-
-
 def _attention_maps(feat: Array, temperature: float) -> tuple[Array, Array]:
   """Attention to cells [B, h, w] and to channels [B, C]; both of mean 1."""
   batch, height, width, channels = feat.shape
@@ -84,7 +78,7 @@ def fgd(
   if temperature <= 0:
     raise ValueError(f"temperature must be positive: {temperature}")
   student, teacher = _both(student_feat, teacher_feat)
-  lesion = _on_grid(labels, student)
+  lesion = grids.labels_at(labels, student)
   spatial, channel = _attention_maps(teacher, temperature)
   errors = jnp.sum(jnp.square(student - teacher) * channel[:, None, None], -1)
   errors = spatial * errors
@@ -189,7 +183,7 @@ def token_fit(
   chex.assert_rank(teacher_feat, 4, exception_type=ValueError)
   _check_masks(masks, teacher_feat)
   teacher = jax.lax.stop_gradient(teacher_feat).astype(jnp.float32)
-  labels = _on_grid(labels, teacher)
+  labels = grids.labels_at(labels, teacher)
   masks = masks.astype(jnp.float32)
   count = masks.shape[-1]
   task = 0.0

@@ -47,6 +47,17 @@ def nearest_labels(labels: Array, height: int, width: int) -> Array:
   return labels
 
 
+def labels_at(labels: Array, feat: Array) -> Array:
+  """Reads `labels` [B, H, W] at the cells of `feat` [B, h, w, C]; [B, h, w].
+
+  Raises:
+    ValueError: if `labels` has no three axes, or another batch.
+  """
+  chex.assert_rank(labels, 3, exception_type=ValueError)
+  chex.assert_equal_shape_prefix([labels, feat], 1, exception_type=ValueError)
+  return nearest_labels(labels, *feat.shape[1:3])
+
+
 def pool(feat: Array, size: int, kind: str) -> Array:
   """Pools blocks of `size` x `size` cells; cut blocks hold what they have.
 

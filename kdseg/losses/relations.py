@@ -31,12 +31,6 @@ def _both(student_feat: Array, teacher_feat: Array) -> tuple[Array, Array]:
   )
 
 
-def _on_grid(labels: Array, feat: Array) -> Array:
-  chex.assert_rank(labels, 3, exception_type=ValueError)
-  chex.assert_equal_shape_prefix([labels, feat], 1, exception_type=ValueError)
-  return grids.nearest_labels(labels, *feat.shape[1:3])
-
-
 def _cells(feat: Array) -> Array:
   """Unit vectors of the cells, [B, h, w, C] to [B, h * w, C]."""
   return reduce.unit(feat.reshape(feat.shape[0], -1, feat.shape[-1]))
@@ -145,7 +139,7 @@ def ifvd(student_feat: Array, teacher_feat: Array, labels: Array) -> Array:
     ValueError: if a shape does not fit.
   """
   student, teacher = _both(student_feat, teacher_feat)
-  labels = _on_grid(labels, student)
+  labels = grids.labels_at(labels, student)
 
   def closeness(feat: Array) -> Array:
     skin, lesion = (
@@ -257,7 +251,7 @@ def rad(student_feat: Array, teacher_feat: Array, labels: Array) -> Array:
     ValueError: if a shape does not fit.
   """
   student, teacher = _both(student_feat, teacher_feat)
-  labels = _on_grid(labels, student)
+  labels = grids.labels_at(labels, student)
 
   def affinity(feat: Array) -> Array:
     skin, lesion = _class_means(feat, labels)

@@ -122,8 +122,16 @@ def latex(summary: Summary) -> str:
 
 
 def csv(summary: Summary) -> str:
-  """Writes one row for every arm on every data set, unrounded."""
-  compared = {(c.dataset, c.arm): c for c in summary.comparisons}
+  """Writes a row for every comparison of an arm on a data set, unrounded.
+
+  What an arm scored stands in each of its rows, and alone in one where it was
+  compared with nothing.
+  """
+  compared: dict[tuple[str, str], list[Any]] = {}
+  for comparison in summary.comparisons:
+    compared.setdefault((comparison.dataset, comparison.arm), []).append(
+      comparison
+    )
   header = ["dataset", "arm", "seeds", "images", "parameters", "macs"]
   for metric in MEANS:
     header += [metric, f"{metric}_seed_sd"]
@@ -143,24 +151,28 @@ def csv(summary: Summary) -> str:
     for metric in MEANS:
       cells += [arm.mean(metric), _blank(arm.deviation(metric))]
     cells += [arm.pooled["dice"], arm.pooled["jaccard"], arm.empty]
-    comparison = compared.get((arm.dataset, arm.arm))
-    if comparison is None:
-      cells += [None] * (2 + 3 * len(COMPARED) + 5)
-    else:
-      cells += [scores.safe_cell(comparison.baseline)]
-      cells += [" ".join(map(str, comparison.seeds))]
-      for metric in COMPARED:
-        interval = comparison.intervals[metric]
-        cells += [interval.value, interval.low, interval.high]
-      cells += [
-        _blank(comparison.random_effects.low),
-        _blank(comparison.random_effects.high),
-        comparison.wilcoxon.p_value,
-        comparison.holm,
-        comparison.verdict,
-      ]
-    writer.writerow([*cells, summary.protocol[arm.dataset]])
+    for comparison in compared.get((arm.dataset, arm.arm), [None]):
+      found = _comparison_cells(comparison)
+      writer.writerow([*cells, *found, summary.protocol[arm.dataset]])
   return text.getvalue()
+
+
+def _comparison_cells(comparison: Any) -> list[Any]:
+  if comparison is None:
+    return [None] * (2 + 3 * len(COMPARED) + 5)
+  cells = [scores.safe_cell(comparison.baseline)]
+  cells += [" ".join(map(str, comparison.seeds))]
+  for metric in COMPARED:
+    interval = comparison.intervals[metric]
+    cells += [interval.value, interval.low, interval.high]
+  return [
+    *cells,
+    _blank(comparison.random_effects.low),
+    _blank(comparison.random_effects.high),
+    comparison.wilcoxon.p_value,
+    comparison.holm,
+    comparison.verdict,
+  ]
 
 
 def _tables(summary: Summary) -> list[Table]:

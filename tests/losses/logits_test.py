@@ -174,7 +174,6 @@ def test_bpkd_weighs_as_published_edge_by_class_by_50_and_body_by_20():
   labels = jnp.asarray(_square())
   student, teacher = jax.random.normal(jax.random.key(0), (2, 1, 12, 12))
   band = logits.boundary.boundary_band(labels, radius=3)
-  divergence = logits.kd(student, teacher, temperature=1.0)
   same = jnp.where(band > 0, student, teacher)
   edge = logits.bpkd(same, teacher, labels)
   only_edge = logits.kd(same, teacher, temperature=1.0) * 144 / jnp.sum(band)
@@ -185,7 +184,6 @@ def test_bpkd_weighs_as_published_edge_by_class_by_50_and_body_by_20():
   np.testing.assert_allclose(
     logits.bpkd(student, teacher, empty), 20 * body, rtol=1e-4
   )
-  assert divergence > 0
 
 
 # ------------------------------------------------------------------- ultralbm

@@ -281,6 +281,28 @@ class TestVerdicts:
     # A gain over a rival says nothing of the baseline; one over it does.
     assert sum("gains" in warning for warning in summed.warnings) == 1
 
+  def test_of_several_it_is_set_against_the_best_on_validation(self):
+    kd, mgd = "patch_unet_50k-kd", "patch_unet_50k-mgd"
+    rows = make_arm(NONE, 0.85) + make_arm(M2BF, 0.89)
+    # On the test set kd is the better one, and is not taken for that.
+    rows += make_arm(kd, 0.89) + make_arm(mgd, 0.88)
+    entry = {"dataset": "isic2016_test", "arm": M2BF, "against": [kd, mgd]}
+    validation = {
+      M2BF: {"0": 0.9, "1": 0.9},
+      mgd: {"0": 0.92, "1": 0.92},
+      # Better by a seed that the arm does not have.
+      kd: {"0": 0.91, "1": 0.91, "7": 0.99},
+    }
+    meta = {**FAST, "primary": [entry], "validation": validation}
+    got = [c for c in summary.summarize(rows, meta).comparisons if c.holm]
+    assert [(c.arm, c.baseline) for c in got] == [(M2BF, mgd)]
+
+  def test_an_empty_family_makes_everything_exploratory(self):
+    rows = make_arm(NONE, 0.85) + make_arm(M2BF, 0.89)
+    (got,) = summary.summarize(rows, {**FAST, "primary": []}).comparisons
+    assert got.holm is None
+    assert got.verdict == "exploratory: better"
+
   def test_what_an_arm_is_set_against_must_be_there(self):
     entry = {"dataset": "isic2016_test", "arm": M2BF, "against": "x-mgd"}
     rows = make_arm(NONE, 0.88) + make_arm(M2BF, 0.89)

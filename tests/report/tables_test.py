@@ -255,6 +255,18 @@ class TestCsv:
     assert teacher["dice_seed_sd"] == ""
     assert teacher["empty_predictions"] == "1"
 
+  def test_holds_every_comparison_of_an_arm(self, rows):
+    entry = {"dataset": "ph2", "arm": M2BF, "against": "x-kd"}
+    kd = [row | {"arm": "x-kd"} for row in rows if row["arm"] == NONE]
+    meta = {**META, "primary": [entry]}
+    text = tables.make_tables([*rows, *kd], meta)["table.csv"]
+    found = [
+      (row["arm"], row["baseline"], row["holm_p"] != "")
+      for row in csv.DictReader(io.StringIO(text))
+      if row["arm"] == M2BF
+    ]
+    assert found == [(M2BF, NONE, False), (M2BF, "x-kd", True)]
+
   def test_every_row_has_every_column(self, rows):
     text = tables.make_tables(rows, META)["table.csv"]
     lengths = {len(row) for row in csv.reader(io.StringIO(text))}
