@@ -8,6 +8,7 @@ shift behind a convolution (BatchNorm) go into its weights. A call of
 `layers.upsample_2x` becomes one Resize.
 """
 
+import collections
 from collections.abc import Callable
 from collections.abc import Sequence
 import contextlib
@@ -195,10 +196,18 @@ class _Writer:
       values[variable] = np.asarray(const)
     values.update(zip(jaxpr.invars, arguments))
 
+    readers = [v for e in jaxpr.eqns for v in e.invars] + list(jaxpr.outvars)
+    readers = [v for v in readers if not hasattr(v, "val")]
+    count = collections.Counter(readers)
+
     def read(variable: Any) -> _Operand:
       if hasattr(variable, "val"):  # a literal
         return np.asarray(variable.val)
-      return values[variable]
+      value = values[variable]
+      if count[variable] > 1 and isinstance(value, _Value):
+        # Somebody else reads it as it is now.
+        value.convolution = None
+      return value
 
     for equation in jaxpr.eqns:
       operands = [read(variable) for variable in equation.invars]
@@ -324,6 +333,9 @@ class _Writer:
     self, operands: list[_Operand], params: Any, out: Any
   ) -> _Value:
     return self._unary("Sigmoid", operands, out)
+
+  def _neg(self, operands: list[_Operand], params: Any, out: Any) -> _Value:
+    return self._unary("Neg", operands, out)
 
   def _convert_element_type(
     self, operands: list[_Operand], params: Any, out: Any
