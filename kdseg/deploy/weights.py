@@ -19,6 +19,7 @@ import safetensors
 import safetensors.numpy
 
 from kdseg import checkpoint
+from kdseg.report import scores
 
 Tree = Any
 
@@ -143,7 +144,36 @@ def read_arm(
     "validation_dice": known.get("validation_dice"),
     "trained_on": config["data"]["name"],
   }
-  return variables, about
+  return variables, about | _scored(workdir, arm, known["seed"])
+
+
+def _scored(workdir: pathlib.Path, arm: str, seed: int) -> dict[str, str]:
+  """Returns what the run says of this network's scores, for people."""
+  about = {}
+  path = workdir / "scores.csv"
+  if path.exists():
+    found = [
+      f"{dataset}: Dice {np.mean([row['dice'] for row in rows]):.4f}, Jaccard "
+      f"{np.mean([row['jaccard'] for row in rows]):.4f} (n = {len(rows)})"
+      for (name, number, dataset), rows in scores.groups(
+        scores.read(path)
+      ).items()
+      if (name, number) == (arm, seed)
+    ]
+    if found:
+      about["scores"] = "; ".join(found)
+  path = workdir / "report.json"
+  if path.exists():
+    meta = json.loads(path.read_text(encoding="utf-8"))
+    train, protocol = meta.get("train", {}), meta.get("protocol", {})
+    about["protocol"] = (
+      f"trained on {train.get('found')} of {train.get('official')} pairs of "
+      f"{train.get('name')}; one value an image at its own size, mean over "
+      "images; test-time augmentation: "
+      f"{protocol.get('test_time_augmentation')}; checkpoint: "
+      f"{protocol.get('checkpoint')}"
+    )
+  return about
 
 
 def main(arguments: list[str] | None = None) -> None:

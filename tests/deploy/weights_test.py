@@ -8,6 +8,7 @@ import tiny_model
 
 from kdseg import checkpoint
 from kdseg.deploy import weights
+from kdseg.report import scores
 
 
 def test_what_is_read_is_what_was_written(tmp_path):
@@ -111,6 +112,27 @@ def test_a_networks_options_come_from_the_run_it_is_of(workdir, arm):
   assert about["size"] == tiny_model.SIZE
   assert about["arm"] == arm
   jax.tree.map(np.testing.assert_array_equal, variables, tiny_model.variables())
+
+
+def test_a_network_carries_its_own_scores(workdir):
+  row = dict.fromkeys(scores.COLUMNS, 0)
+  rows = [
+    row | {"arm": arm, "seed": seed, "dataset": "ph2", "id": i, "dice": dice}
+    for arm, seed, i, dice in (
+      ("patch_unet-mbf", 1, "a", 0.5),
+      ("patch_unet-mbf", 1, "b", 0.75),
+      ("patch_unet-mbf", 2, "a", 0.1),
+      ("patch_unet-none", 1, "a", 0.2),
+    )
+  ]
+  scores.write(workdir / "scores.csv", rows)
+  checkpoint.write_json(
+    workdir / "report.json",
+    {"train": {"name": "isic2016", "found": 751, "official": 900}},
+  )
+  _, about = weights.read_arm(workdir, "patch_unet-mbf", 1)
+  assert about["scores"] == "ph2: Dice 0.6250, Jaccard 0.0000 (n = 2)"
+  assert "751 of 900 pairs of isic2016" in about["protocol"]
 
 
 def test_an_arm_that_is_not_there_is_answered_with_those_that_are(workdir):
