@@ -27,6 +27,7 @@ import numpy as np
 
 from kdseg import checkpoint
 from kdseg import networks
+from kdseg import step as step_lib
 from kdseg.data import synthetic
 from kdseg.deploy import models
 from kdseg.deploy import onnx_graph
@@ -44,14 +45,8 @@ class ParityError(RuntimeError):
 
 def make_function(model: models.Model) -> Callable[[jax.Array], jax.Array]:
   """Returns uint8 [B, S, S, 3] -> probability [B, S, S], weights inside."""
-
-  def run(image: jax.Array) -> jax.Array:
-    out = model.network.apply(
-      model.variables, image.astype(jnp.float32) / 255.0, train=False
-    )
-    return jax.nn.sigmoid(out["logits"].astype(jnp.float32))
-
-  return run
+  predict = step_lib.make_predict(model.network)
+  return lambda image: predict(model.variables, {"image": image})
 
 
 def make_inputs(size: int) -> dict[str, np.ndarray]:

@@ -14,6 +14,7 @@ import numpy as np
 from kdseg import checkpoint
 from kdseg import metrics
 from kdseg import networks
+from kdseg import step as step_lib
 from kdseg.data import pipeline
 from kdseg.deploy import weights
 
@@ -42,15 +43,7 @@ class Model:
 
   @functools.cached_property
   def _run(self) -> Any:
-    network = self.network
-
-    def run(variables: Tree, image: jax.Array) -> jax.Array:
-      out = network.apply(
-        variables, image.astype(jnp.float32) / 255.0, train=False
-      )
-      return jax.nn.sigmoid(out["logits"].astype(jnp.float32))
-
-    return jax.jit(run)
+    return jax.jit(step_lib.make_predict(self.network))
 
   def predict(self, image: np.ndarray) -> np.ndarray:
     """Returns the probability of lesion, pixel by pixel.
@@ -76,7 +69,9 @@ class Model:
     if 0 in image.shape:
       raise ValueError(f"an image of {image.shape[:2]} has no pixel")
     square = pipeline.resize_image(np.ascontiguousarray(image), self.size)
-    probability = np.asarray(self._run(self.variables, square[None]))[0]
+    probability = np.asarray(
+      self._run(self.variables, {"image": square[None]})
+    )[0]
     return metrics.resize_probability(probability, *image.shape[:2])
 
   def segment(self, image: np.ndarray) -> np.ndarray:
