@@ -64,6 +64,10 @@ VALIDATION = "validation"
 JOINT = "teacher"
 
 
+class ConfigError(ValueError):
+  """A config that cannot be run; says which key and why."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
   """A student to train: its arm in the tables, its method and its seed."""
@@ -124,7 +128,7 @@ def run(
     WorkdirError: if another process uses the workdir, or it holds a run of
       another config.
     DataError: if the data are not as they should be.
-    ValueError: on a config that cannot be run.
+    ConfigError: on a config that cannot be run.
   """
   workdir = pathlib.Path(workdir)
   own = own or own_lib.Own()
@@ -162,15 +166,20 @@ def check(
   """Returns every arm of a config, and its methods by name.
 
   Raises:
-    ValueError: on a config that cannot be run.
+    ConfigError: on a config that cannot be run.
   """
-  plans = plan_arms(config)
-  methods = {
-    name: objective.make_method(dict(options), own)
-    for name, options in config.methods.items()
-  }
-  _check_teachers(config)
-  _check_names(config, plans, own)
+  try:
+    plans = plan_arms(config)
+    methods = {
+      name: objective.make_method(dict(options), own)
+      for name, options in config.methods.items()
+    }
+    _check_teachers(config)
+    _check_names(config, plans, own)
+  except choices.UnknownNameError:
+    raise
+  except ValueError as error:
+    raise ConfigError(str(error)) from error
   return plans, methods
 
 
@@ -434,12 +443,13 @@ def make_teacher(
   wanted = untrained or (
     config.precompute_teacher and name in config.distil_from
   )
-  if c.precompute and wanted and not c.checkpoint:
+  training = make_training(dict(c.training))
+  drawn = not training.steps(1, 1)
+  if c.precompute and wanted and not c.checkpoint and not drawn:
     encoded, validation_encoded = _encode(
       name, network, config, workdir, data, c.seed
     )
-  training = make_training(dict(c.training))
-  if untrained and not c.checkpoint and not training.steps(1, 1):
+  if untrained and not c.checkpoint and drawn:
     # A control: what is learned from a network that knows nothing.
     variables = networks.make_variables(
       network,

@@ -32,6 +32,7 @@ _EXPECTED = (
   archives.DataError,
   checkpoint.CheckpointError,
   choices.UnknownNameError,
+  experiment.ConfigError,
   train.DivergedError,
   workdir_lib.WorkdirError,
   ImportError,

@@ -89,6 +89,9 @@ def predict(
   for path, name in zip(paths, name_outputs(paths)):
     row: dict[str, object] = dict.fromkeys(COLUMNS, "")
     row["file"] = str(path)
+    for folder in ("masks", "overlays"):
+      # One of an earlier run must not pass for this one's.
+      (out / folder / name).unlink(missing_ok=True)
     try:
       image = pictures.read(path)
     except archives.DataError as error:
@@ -147,7 +150,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
   try:
     out.mkdir(parents=True, exist_ok=True)
     with open(
-      out / "predictions.csv", "w", newline="", encoding="utf-8"
+      out / "predictions.csv",
+      "w",
+      newline="",
+      encoding="utf-8",
+      # File names need not be text.
+      errors="backslashreplace",
     ) as file:
       writer = csv.DictWriter(file, COLUMNS)
       writer.writeheader()
@@ -156,17 +164,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         file.flush()
         if row["error"]:
           failed += 1
-          print(f"kdseg: {row['error']}", file=sys.stderr)
+          print(_printable(f"kdseg: {row['error']}"), file=sys.stderr)
         else:
           print(
-            f"{row['file']}: lesion on {float(row['area_share']):.1%} of the "
-            f"image, confidence {row['confidence']}"
+            _printable(
+              f"{row['file']}: lesion on {float(row['area_share']):.1%} of the "
+              f"image, confidence {row['confidence']}"
+            )
           )
   except OSError as error:
     print(f"kdseg: {out} cannot be written: {error}", file=sys.stderr)
     return 2
   print(f"{len(paths) - failed} of {len(paths)} segmented; see {out}")
   return 1 if failed else 0
+
+
+def _printable(text: str) -> str:
+  return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 if __name__ == "__main__":

@@ -92,6 +92,7 @@ def test_a_run_says_nothing_of_the_kind(started, capsys):
     archives.DataError("no such folder"),
     checkpoint.CheckpointError("another network"),
     choices.UnknownNameError("did you mean"),
+    experiment.ConfigError("no such method"),
     train.DivergedError("no arm is left"),
     workdir_lib.WorkdirError("in use"),
     ImportError("pip install it"),

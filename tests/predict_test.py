@@ -1,4 +1,5 @@
 import csv
+import os
 import pathlib
 
 import numpy as np
@@ -130,6 +131,26 @@ def test_a_name_that_a_spreadsheet_would_run_is_kept_as_text(
   Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(name)
   _, [row] = run(model, name, out=tmp_path / "out")
   assert row["file"] == f"'{name}"
+
+
+def test_a_name_that_is_no_text_stops_no_other(model, tmp_path):
+  for name in (b"l\xe4sion.png", b"z.png"):
+    path = os.path.join(os.fsencode(tmp_path), name)
+    with open(path, "wb") as file:
+      Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(file, "PNG")
+  code, [first, second] = run(model, tmp_path, out=tmp_path / "out")
+  assert code == 0
+  assert first["file"].endswith("l\\udce4sion.png")
+  assert second["file"].endswith("z.png")
+
+
+def test_a_mask_of_an_earlier_run_does_not_pass_for_this_ones(
+  model, images, tmp_path
+):
+  run(model, images / "a.png", out=tmp_path / "out")
+  (images / "a.png").write_bytes(b"damaged")
+  run(model, images / "a.png", out=tmp_path / "out")
+  assert not list((tmp_path / "out").glob("*/a.png"))
 
 
 def test_names_that_differ_in_case_alone_do_not_meet():

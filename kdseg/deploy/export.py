@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import json
 import pathlib
 import sys
+import tempfile
 from typing import Any
 
 import jax
@@ -103,29 +104,34 @@ def export(model: models.Model, out: str | pathlib.Path) -> dict[str, Any]:
       )
     parity[name] = {"bytes": len(content), "largest_difference": distance}
 
-  out.mkdir(parents=True, exist_ok=True)
   about = {k: v for k, v in model.about.items() if k != "format"}
-  weights.save(out / "weights.safetensors", model.variables, about)
-  for name, (content, _) in forms.items():
-    scratch = out / f"{name}.part"
-    scratch.write_bytes(content)
-    scratch.replace(out / name)
-  np.savez_compressed(
-    out / "golden.npz",
-    **{f"{name}_input": x for name, x in inputs.items()},
-    **{f"{name}_output": x for name, x in expected.items()},
-  )
-  checkpoint.write_json(out / "preprocess.json", describe_input(model))
   record = {
     "tolerance": TOLERANCE,
     "against": f"jax {jax.__version__}",
     **parity,
   }
-  checkpoint.write_json(out / "PARITY.json", record)
-  size = (out / "weights.safetensors").stat().st_size
-  (out / "README.md").write_text(
-    make_card(model, {"weights.safetensors": size}, parity), encoding="utf-8"
-  )
+  out.mkdir(parents=True, exist_ok=True)
+  # All of it under other names first, and the proof last: nothing new may
+  # stand beside something old.
+  with tempfile.TemporaryDirectory(dir=out) as scratch:
+    folder = pathlib.Path(scratch)
+    for name, (content, _) in forms.items():
+      (folder / name).write_bytes(content)
+    weights.save(folder / "weights.safetensors", model.variables, about)
+    np.savez_compressed(
+      folder / "golden.npz",
+      **{f"{name}_input": x for name, x in inputs.items()},
+      **{f"{name}_output": x for name, x in expected.items()},
+    )
+    checkpoint.write_json(folder / "preprocess.json", describe_input(model))
+    size = (folder / "weights.safetensors").stat().st_size
+    (folder / "README.md").write_text(
+      make_card(model, {"weights.safetensors": size}, parity), encoding="utf-8"
+    )
+    checkpoint.write_json(folder / "PARITY.json", record)
+    (out / "PARITY.json").unlink(missing_ok=True)
+    for path in sorted(folder.iterdir(), key=lambda p: p.name == "PARITY.json"):
+      path.replace(out / path.name)
   return record
 
 
@@ -219,9 +225,11 @@ def make_card(
     f"| validation Dice | {_rounded(about.get('validation_dice'))} |",
     f"| threshold | {model.threshold} |",
   ]
-  for key, title in (("scores", "scores"), ("protocol", "protocol")):
-    if about.get(key):
-      lines.append(f"| {title} | {about[key]} |")
+  lines += [
+    f"| {key} | {about[key]} |"
+    for key in ("scores", "protocol")
+    if about.get(key)
+  ]
   lines += [
     "",
     "| file | bytes | largest difference from JAX |",
@@ -238,9 +246,9 @@ def make_card(
     "Use: `preprocess.json` says what to do to an image before and after; "
     "`golden.npz` holds inputs with the answers they must give.",
     "",
-    "Limits: trained on dermoscopic images of one lesion each, mostly of light "
-    "skin; other photographs, several lesions and hidden edges are beyond it. "
-    "Its probabilities are not calibrated.",
+    "Limits: it knows images like those it was trained on, no others; those of "
+    "ISIC-2016 are dermoscopic, of one lesion each, mostly on light skin. Its "
+    "probabilities are not calibrated.",
     "",
   ]
   return "\n".join(lines)

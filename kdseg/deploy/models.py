@@ -91,6 +91,7 @@ def load(name_or_path: str | pathlib.Path) -> Model:
   Args:
     name_or_path: a shipped model ("isic2016-student"), a file of weights, or
       the folder of an arm or a teacher in a workdir ("runs/x/arms/NAME-seed0").
+      A student of a user's own (`kdseg.own`) is unknown here.
 
   Raises:
     WeightsError: if it is none of these, or damaged.
@@ -98,9 +99,7 @@ def load(name_or_path: str | pathlib.Path) -> Model:
   path = shipped().get(str(name_or_path), pathlib.Path(name_or_path))
   try:
     if path.is_dir():
-      workdir = path.absolute().parents[1]
-      arm, _, seed = path.absolute().name.partition("-seed")
-      variables, about = weights.read_arm(workdir, arm, int(seed or 0))
+      variables, about = weights.read_folder(path)
       flat = checkpoint.flatten(variables)
     elif path.exists():
       flat, about = weights.load(path)
@@ -110,18 +109,18 @@ def load(name_or_path: str | pathlib.Path) -> Model:
         f"{', '.join(shipped()) or 'none'}"
       )
     network = networks.make_network(about["network"], **dict(about["options"]))
-    size = int(about["size"])
+    size = about["size"]
     expected = jax.eval_shape(
       network.init, jax.random.key(0), jnp.zeros((1, size, size, 3))
     )
     variables = checkpoint.unflatten(flat, expected, str(path))
-  except (checkpoint.CheckpointError, ValueError, IndexError) as error:
+  except (checkpoint.CheckpointError, TypeError, ValueError) as error:
     raise weights.WeightsError(f"{path}: {error}") from error
   return Model(
     name=path.stem if path.is_file() else path.name,
     network=network,
     variables=jax.tree.map(np.asarray, variables),
     size=size,
-    threshold=float(about["threshold"]),
+    threshold=about["threshold"],
     about=about,
   )

@@ -22,8 +22,27 @@ import numpy as np
 OPSET = 18
 # Of the batch while a program is read: a side that no network has.
 BATCH = 7919
+# Calls that are nothing but the program within.
+_CALLS = frozenset(
+  {
+    "jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2",
+    "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr",
+  }
+)  # fmt: skip
+# What may be done to a constant that is narrower than it says.
+_ELEMENTWISE = frozenset(
+  {
+    "add", "sub", "mul", "div", "max", "min", "neg", "rsqrt", "sqrt", "exp",
+    "log", "logistic", "tanh", "ge", "gt", "le", "lt", "select_n",
+    "convert_element_type", "integer_pow", "stop_gradient",
+  }
+)  # fmt: skip
 _TO_NCHW = (0, 3, 1, 2)
 _TO_NHWC = (0, 2, 3, 1)
+
+
+class _Narrow(np.ndarray):
+  """A constant with a side of 1 where the program has the batch."""
 
 
 class UnsupportedError(NotImplementedError):
@@ -62,7 +81,8 @@ def export(
   """Returns the ONNX model of a function of one batch of images.
 
   Args:
-    function: maps [B, *shape] to [B, ...]; may close over weights.
+    function: maps [B, *shape] to [B, ...]; may close over weights, and must
+      not compute with the size of the batch.
     shape: of one image.
     dtype: of the input.
     input_name: in the graph.
@@ -104,7 +124,13 @@ def export(
     ir_version=9,
   )
   onnx.helper.set_model_props(model, metadata or {})
-  onnx.checker.check_model(model, full_check=True)
+  try:
+    onnx.checker.check_model(model, full_check=True)
+  except (
+    onnx.checker.ValidationError,
+    onnx.shape_inference.InferenceError,
+  ) as error:
+    raise UnsupportedError(f"the graph is not valid ONNX: {error}") from error
   return model
 
 
@@ -202,7 +228,10 @@ class _Writer:
 
     def read(variable: Any) -> _Operand:
       if hasattr(variable, "val"):  # a literal
-        return np.asarray(variable.val)
+        literal = np.asarray(variable.val)
+        if (literal == BATCH).any():
+          raise UnsupportedError("the program computes with the batch's size")
+        return literal
       value = values[variable]
       if count[variable] > 1 and isinstance(value, _Value):
         # Somebody else reads it as it is now.
@@ -221,14 +250,18 @@ class _Writer:
     name, params = equation.primitive.name, equation.params
     out = [variable.aval for variable in equation.outvars]
     inner = params.get("jaxpr", params.get("call_jaxpr"))
-    if inner is not None:
+    if name in _CALLS and inner is not None:
       if params.get("name") == "upsample_2x":
         return [self._upsample(operands[0], out[0].shape)]
       if not hasattr(inner, "consts"):
         return self.run(inner, (), operands)
       return self.run(inner.jaxpr, inner.consts, operands)
+    narrow = any(isinstance(operand, _Narrow) for operand in operands)
+    if narrow and name not in _ELEMENTWISE:
+      raise UnsupportedError(f"{name} of a constant as long as the batch")
     if all(isinstance(operand, np.ndarray) for operand in operands):
-      return [self._constant(equation, operands)]
+      constant = self._constant(equation, operands)
+      return [constant.view(_Narrow) if narrow else constant]
     method = getattr(self, f"_{name}", None)
     if method is None:
       raise UnsupportedError(
@@ -237,14 +270,15 @@ class _Writer:
     return [method(operands, params, out[0])]
 
   def _constant(self, equation: Any, operands: list[np.ndarray]) -> np.ndarray:
-    if equation.primitive.name == "broadcast_in_dim":
+    shape = equation.params.get("shape", ())
+    if equation.primitive.name == "broadcast_in_dim" and BATCH in shape:
       # Left narrow, as ONNX broadcasts by itself: no constant of a batch.
       shape = [1] * len(equation.params["shape"])
       for axis, side in zip(
         equation.params["broadcast_dimensions"], operands[0].shape
       ):
         shape[axis] = side
-      return operands[0].reshape(shape)
+      return np.asarray(operands[0]).reshape(shape).view(_Narrow)
     return np.asarray(
       equation.primitive.bind(*map(np.asarray, operands), **equation.params)
     )
@@ -390,6 +424,8 @@ class _Writer:
   def _pad(self, operands: list[_Operand], params: Any, out: Any) -> _Value:
     x, value = operands
     config = params["padding_config"]
+    if len(out.shape) != 4 or not isinstance(x, _Value):
+      raise UnsupportedError(f"padding of {out.shape}")
     if any(low < 0 or high < 0 or inside for low, high, inside in config):
       raise UnsupportedError(f"padding by {config}")
     if not x.channels_first:
@@ -450,7 +486,15 @@ class _Writer:
     window = params["window_dimensions"]
     strides = params["window_strides"]
     padding = params["padding"]
-    if window[0] != 1 or window[3] != 1 or set(params["base_dilation"]) != {1}:
+    plain = (
+      len(window) == 4
+      and set(params["base_dilation"]) | set(params["window_dilation"]) == {1}
+      and all(
+        window[axis] == strides[axis] == 1 and tuple(padding[axis]) == (0, 0)
+        for axis in (0, 3)
+      )
+    )
+    if not plain:
       raise UnsupportedError(f"pooling over {window}")
     name = self._node(
       kind,

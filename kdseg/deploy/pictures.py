@@ -23,19 +23,22 @@ def find(names: Iterable[str]) -> list[pathlib.Path]:
   found: dict[pathlib.Path, None] = {}
   for name in names:
     path = pathlib.Path(name)
-    if path.is_dir():
-      inside = [
-        p
-        for p in sorted(path.iterdir())
-        if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")
-      ]
-      found |= dict.fromkeys(inside or [path])
-    elif path.exists():
-      found[path] = None
-    else:
-      matches = sorted(glob.glob(name, recursive=True))
-      found |= dict.fromkeys([pathlib.Path(m) for m in matches] or [path])
+    matches = [path]
+    if not path.exists():
+      # As a shell would do it, for one that did not.
+      matches = [pathlib.Path(m) for m in sorted(glob.glob(name))] or [path]
+    for match in matches:
+      found |= dict.fromkeys(_inside(match) if match.is_dir() else [match])
   return list(found)
+
+
+def _inside(folder: pathlib.Path) -> list[pathlib.Path]:
+  images = [
+    path
+    for path in sorted(folder.iterdir())
+    if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+  ]
+  return images or [folder]
 
 
 def read(path: pathlib.Path) -> np.ndarray:
@@ -53,7 +56,15 @@ def read(path: pathlib.Path) -> np.ndarray:
     content = path.read_bytes()
   except OSError as error:
     raise archives.DataError(f"{path} cannot be read: {error}") from error
-  image = ImageOps.exif_transpose(pairs.open_image(content, str(path)))
+  image = pairs.open_image(content, str(path))
+  try:
+    image = ImageOps.exif_transpose(image)
+  except Exception as error:
+    # Pillow's readers of EXIF raise SyntaxError, struct.error and others.
+    raise archives.DataError(
+      f"{path} has damaged EXIF data ({error}), so that it is not known which "
+      "way up it is; save it again without them."
+    ) from error
   if image.mode == "1":
     image = image.convert("L")
   if image.mode.startswith("I"):
@@ -67,10 +78,12 @@ def read(path: pathlib.Path) -> np.ndarray:
 
 def _from_16_bit(image: Image.Image, path: pathlib.Path) -> np.ndarray:
   grey = np.asarray(image).astype(np.int64)
-  if grey.min() < 0 or grey.max() > 0xFFFF:
+  # A picture of 32 bits may hold 8-bit values: which, it does not say.
+  narrow = image.mode == "I" and grey.max() <= 0xFF
+  if grey.min() < 0 or grey.max() > 0xFFFF or narrow:
     raise archives.DataError(
-      f"{path} has pixels from {grey.min()} to {grey.max()}, not 16-bit ones; "
-      "convert it to 8-bit RGB."
+      f"{path} has pixels from {grey.min()} to {grey.max()} in a picture of "
+      f"kind {image.mode!r}, not 16-bit ones; convert it to 8-bit RGB."
     )
   # 65535 / 255 = 257, without a remainder.
   grey = np.round(grey / 257).astype(np.uint8)

@@ -55,7 +55,7 @@ def save(
     for name, leaf in checkpoint.flatten(variables).items()
   }
   metadata = {
-    key: value if isinstance(value, str) else json.dumps(value)
+    key: value if key == "format" else json.dumps(value)
     for key, value in about.items()
   }
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,17 +91,33 @@ def load(
       f"{path} has format {metadata['format']}, and this kdseg reads {FORMAT}; "
       "install the version that wrote it"
     )
-  about: dict[str, Any] = {}
-  for key, value in metadata.items():
-    try:
-      about[key] = json.loads(value)
-    except json.JSONDecodeError:
-      about[key] = value
-  about["format"] = metadata["format"]
+  try:
+    about = {
+      key: value if key == "format" else json.loads(value)
+      for key, value in metadata.items()
+    }
+  except json.JSONDecodeError as error:
+    raise WeightsError(f"{path}: its metadata are damaged: {error}") from error
+  check(about, str(path))
   bad = [name for name, array in arrays.items() if not np.isfinite(array).all()]
   if bad:
     raise WeightsError(f"{path}: {bad[0]} is not finite")
   return arrays, about
+
+
+def check(about: Mapping[str, Any], where: str) -> None:
+  """Refuses what no network can be run with.
+
+  Raises:
+    WeightsError: on a size, a threshold or options of another kind.
+  """
+  size, threshold = about["size"], about["threshold"]
+  if not (isinstance(size, int) and 0 < size <= 8192):
+    raise WeightsError(f"{where}: size is {size!r}, not a side in pixels")
+  if not (isinstance(threshold, float) and 0.0 < threshold < 1.0):
+    raise WeightsError(f"{where}: threshold is {threshold!r}, not in (0, 1)")
+  if not isinstance(about["options"], Mapping):
+    raise WeightsError(f"{where}: options are {about['options']!r}")
 
 
 def read_arm(
@@ -117,54 +133,81 @@ def read_arm(
   folder = (
     teacher if teacher.exists() else workdir / "arms" / f"{arm}-seed{seed}"
   )
+  return read_folder(folder)
+
+
+def read_folder(folder: str | pathlib.Path) -> tuple[Tree, dict[str, Any]]:
+  """Returns (variables, about) of the folder of a finished network.
+
+  Args:
+    folder: WORKDIR/arms/NAME-seedN or WORKDIR/teachers/NAME.
+
+  Raises:
+    WeightsError: if no finished network is there, with those that are beside
+      it, or its run's config cannot be read.
+  """
+  folder = pathlib.Path(folder).absolute()
+  workdir = folder.parents[1]
   if not checkpoint.is_finished(folder):
-    there = sorted(path.parent.name for path in workdir.glob("*/*/about.json"))
+    there = sorted(
+      path.parent.name
+      for kind in ("arms", "teachers")
+      for path in workdir.glob(f"{kind}/*/about.json")
+    )
     raise WeightsError(
       f"{workdir} has no finished {folder.name}; it has "
       f"{', '.join(there) or 'none at all'}"
     )
   try:
     config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
-  except (OSError, json.JSONDecodeError) as error:
+    variables, known = checkpoint.load_variables(folder)
+    options = config["students"].get(known["network"], {})
+    if known["arm"] in config["teachers"]:
+      options = config["teachers"][known["arm"]]["options"]
+    about = {
+      "network": known["network"],
+      "options": options,
+      "size": config["data"]["size"],
+      "threshold": 0.5,
+      "arm": known["arm"],
+      "seed": known["seed"],
+      "parameters": known["parameters"],
+      "validation_dice": known.get("validation_dice"),
+      "trained_on": config["data"]["name"],
+    }
+  except (OSError, json.JSONDecodeError, checkpoint.CheckpointError) as error:
+    raise WeightsError(f"{folder} cannot be used: {error}") from error
+  except KeyError as error:
     raise WeightsError(
-      f"{workdir}/config.json cannot be read: {error}"
+      f"{folder} is of a run of another version: {error} is missing"
     ) from error
-  variables, known = checkpoint.load_variables(folder)
-  part = config["teachers"].get(arm, {}).get("options")
-  if part is None:
-    part = config["students"].get(known["network"], {})
-  about = {
-    "network": known["network"],
-    "options": part,
-    "size": config["data"]["size"],
-    "threshold": 0.5,
-    "arm": known["arm"],
-    "seed": known["seed"],
-    "parameters": known["parameters"],
-    "validation_dice": known.get("validation_dice"),
-    "trained_on": config["data"]["name"],
-  }
-  return variables, about | _scored(workdir, arm, known["seed"])
+  check(about, str(folder))
+  return variables, about | _scored(workdir, known["arm"], known["seed"])
 
 
 def _scored(workdir: pathlib.Path, arm: str, seed: int) -> dict[str, str]:
-  """Returns what the run says of this network's scores, for people."""
+  """Returns what the run says of this network's scores, for people.
+
+  A run that is being scored, or was stopped then, says what is whole.
+  """
   about = {}
   path = workdir / "scores.csv"
   if path.exists():
+    whole, _ = scores.recover(path)
     found = [
       f"{dataset}: Dice {np.mean([row['dice'] for row in rows]):.4f}, Jaccard "
       f"{np.mean([row['jaccard'] for row in rows]):.4f} (n = {len(rows)})"
-      for (name, number, dataset), rows in scores.groups(
-        scores.read(path)
-      ).items()
+      for (name, number, dataset), rows in scores.groups(whole).items()
       if (name, number) == (arm, seed)
     ]
     if found:
       about["scores"] = "; ".join(found)
   path = workdir / "report.json"
   if path.exists():
-    meta = json.loads(path.read_text(encoding="utf-8"))
+    try:
+      meta = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError:
+      return about
     train, protocol = meta.get("train", {}), meta.get("protocol", {})
     about["protocol"] = (
       f"trained on {train.get('found')} of {train.get('official')} pairs of "
@@ -189,9 +232,9 @@ def main(arguments: list[str] | None = None) -> None:
   options = parser.parse_args(arguments)
   try:
     variables, about = read_arm(options.workdir, options.arm, options.seed)
-  except (WeightsError, checkpoint.CheckpointError) as error:
+    save(options.out, variables, about)
+  except (WeightsError, OSError) as error:
     sys.exit(f"kdseg: {error}")
-  save(options.out, variables, about)
   size = pathlib.Path(options.out).stat().st_size
   count = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
   print(f"{options.out}: {count:,} parameters, {size:,} bytes")

@@ -103,6 +103,36 @@ def test_a_folder_of_a_workdir_is_a_model(tmp_path):
   )
 
 
+def test_a_folder_is_the_one_that_was_named(tmp_path):
+  checkpoint.write_json(
+    tmp_path / "config.json",
+    {
+      "data": {"size": tiny_model.SIZE, "name": "synthetic"},
+      "teachers": {},
+      "students": {"patch_unet": tiny_model.OPTIONS},
+    },
+  )
+  about = {"arm": "x-seedless", "network": "patch_unet", "seed": 0}
+  for kind, shift in (("arms", 0.0), ("arms_old", 1.0)):
+    variables = jax.tree.map(lambda x, s=shift: x + s, tiny_model.variables())
+    checkpoint.save_variables(
+      tmp_path / kind / "x-seedless-seed0",
+      variables,
+      {**about, "parameters": 1},
+    )
+  for kind, shift in (("arms", 0.0), ("arms_old", 1.0)):
+    found = models.load(tmp_path / kind / "x-seedless-seed0").variables
+    jax.tree.map(
+      lambda x, y, s=shift: np.testing.assert_allclose(x, y + s, rtol=1e-6),
+      found,
+      tiny_model.variables(),
+    )
+
+
+def test_the_promised_model_is_shipped():
+  assert "isic2016-student" in models.shipped()
+
+
 def test_a_name_that_means_nothing_is_answered_with_what_is_shipped():
   with pytest.raises(weights.WeightsError, match="no shipped model; shipped: "):
     models.load("isic2016-studnet")

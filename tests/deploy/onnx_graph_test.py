@@ -2,6 +2,7 @@
 
 import collections
 
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -128,7 +129,12 @@ def test_between_convolutions_nothing_is_turned():
     lambda x: jnp.pad(x, ((0, 0), (0, 1), (2, 0), (0, 0))),
     lambda x: jnp.where(x >= 0, x, 0.1 * x),
     lambda x: jax.nn.relu6(3.0 * x),
-    lambda x: jax.nn.sigmoid(x)[..., 0] if x.shape[-1] == 1 else x * x,
+    lambda x: jax.nn.sigmoid(x) * x,
+    lambda x: nn.max_pool(x, (3, 3), (2, 2), "SAME"),
+    lambda x: nn.avg_pool(x, (3, 3), (1, 1), "SAME"),
+    lambda x: nn.avg_pool(x, (3, 3), (1, 1), "SAME", count_include_pad=False),
+    lambda x: x / jnp.sum(jnp.ones((8, 8))),
+    lambda x: x + jnp.broadcast_to(jnp.arange(4.0), x.shape),
     lambda x: jnp.maximum(x, -x),
     lambda x: 1.0 - x,
     lambda x: 2.0 / (3.0 + x * x),
@@ -178,6 +184,26 @@ def test_every_student_computes_the_same(name):
 def test_an_operation_without_a_form_is_named():
   with pytest.raises(onnx_graph.UnsupportedError, match="operation sin"):
     make_model(jnp.sin)
+
+
+@pytest.mark.parametrize(
+  "function",
+  [
+    lambda x: jax.lax.fori_loop(0, 3, lambda i, v: v * 2, x),
+    lambda x: jax.lax.scan(lambda v, _: (v * 2, None), x, length=3)[0],
+    lambda x: jnp.concatenate([x, jnp.zeros_like(x)], -1),
+    lambda x: x * x.shape[0],
+    lambda x: jnp.pad(x[..., 0], ((0, 0), (1, 0), (0, 0))),
+    lambda x: jax.lax.reduce_window(
+      x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 1, 1, 1),
+      ((0, 0), (1, 1), (1, 1), (0, 0)), window_dilation=(1, 2, 2, 1),
+    ),
+    lambda x: x.astype(jnp.bfloat16) * 2,
+  ],
+)  # fmt: skip
+def test_what_would_be_written_wrongly_is_refused(function):
+  with pytest.raises(onnx_graph.UnsupportedError):
+    make_model(function)
 
 
 def test_what_moves_the_batch_is_refused():

@@ -12,7 +12,9 @@ from kdseg.report import scores
 
 
 def test_what_is_read_is_what_was_written(tmp_path):
-  path = tiny_model.write(tmp_path / "a.safetensors", seed=3, note="1e3")
+  path = tiny_model.write(
+    tmp_path / "a.safetensors", seed=3, note="1e3", nothing=None
+  )
   arrays, about = weights.load(path)
   expected = checkpoint.flatten(tiny_model.variables())
   assert arrays.keys() == expected.keys()
@@ -20,7 +22,8 @@ def test_what_is_read_is_what_was_written(tmp_path):
     np.testing.assert_array_equal(array, expected[name])
     assert array.dtype == expected[name].dtype
   assert about["options"] == tiny_model.OPTIONS
-  assert about["seed"] == 3
+  # Text that looks like a number stays text.
+  assert (about["seed"], about["note"], about["nothing"]) == (3, "1e3", None)
   assert about["format"] == weights.FORMAT
 
 
@@ -85,6 +88,23 @@ def test_a_weight_that_is_no_number_is_named(tmp_path):
     weights.load(path)
 
 
+@pytest.mark.parametrize(
+  ("entry", "message"),
+  [
+    ({"threshold": float("nan")}, "threshold is nan"),
+    ({"threshold": 7.0}, "threshold is 7.0"),
+    ({"threshold": "abc"}, "threshold is 'abc'"),
+    ({"size": None}, "size is None"),
+    ({"size": 0}, "size is 0"),
+    ({"options": 5}, "options are 5"),
+  ],
+)
+def test_what_no_network_can_be_run_with_is_refused(tmp_path, entry, message):
+  path = tiny_model.write(tmp_path / "a.safetensors", **entry)
+  with pytest.raises(weights.WeightsError, match=message):
+    weights.load(path)
+
+
 @pytest.fixture
 def workdir(tmp_path):
   """A workdir with one student and one teacher, of the same network."""
@@ -133,6 +153,30 @@ def test_a_network_carries_its_own_scores(workdir):
   _, about = weights.read_arm(workdir, "patch_unet-mbf", 1)
   assert about["scores"] == "ph2: Dice 0.6250, Jaccard 0.0000 (n = 2)"
   assert "751 of 900 pairs of isic2016" in about["protocol"]
+
+
+def test_a_run_that_is_being_scored_gives_its_networks(workdir):
+  (workdir / "scores.csv").write_text("arm,seed,datas")
+  (workdir / "report.json").write_text("{")
+  _, about = weights.read_arm(workdir, "patch_unet-mbf", 1)
+  assert not {"scores", "protocol"} & set(about)
+
+
+def test_a_damaged_config_is_named(workdir):
+  (workdir / "config.json").write_text("{")
+  with pytest.raises(weights.WeightsError, match="seed1 cannot be used"):
+    weights.read_arm(workdir, "patch_unet-mbf", 1)
+  (workdir / "config.json").write_text('{"students": {}}')
+  with pytest.raises(weights.WeightsError, match="'teachers' is missing"):
+    weights.read_arm(workdir, "patch_unet-mbf", 1)
+
+
+def test_the_command_says_where_it_cannot_write(workdir):
+  (workdir / "file").write_text("")
+  arguments = [str(workdir), "--arm", "patch_unet-mbf", "--seed", "1"]
+  with pytest.raises(SystemExit) as stop:
+    weights.main([*arguments, "--out", str(workdir / "file" / "x")])
+  assert str(stop.value.code).startswith("kdseg: ")
 
 
 def test_an_arm_that_is_not_there_is_answered_with_those_that_are(workdir):
