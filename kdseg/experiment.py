@@ -267,7 +267,7 @@ def _check_names(
           f'primary names the method "{name}"; config.methods defines '
           f"{', '.join(config.methods)}"
         )
-  for name in {plan.method for plan in plans}:
+  for name in dict.fromkeys(plan.method for plan in plans):
     switches = config.methods[name]
     if switches.get("terms") and not config.distil_from:
       raise ValueError(
@@ -289,7 +289,7 @@ def _check_names(
         "there is nothing to compute before; set precompute to False, or "
         "trained_from above 0"
       )
-  for student in {plan.student for plan in plans}:
+  for student in dict.fromkeys(plan.student for plan in plans):
     make_student(student, config, own)
 
 
