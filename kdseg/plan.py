@@ -99,13 +99,13 @@ def estimate(
     count: int = 1,
   ) -> list[Item]:
     steps = training.steps(len(data.train), batch)
-    # With one kind a call, the memory of one arm at a time.
     deviations = None
     if contender.method.normalise == "std":
       deviations = {
         tap: np.ones(x.shape[-1], np.float32)
         for tap, x in prepared["taught"].items()
       }
+    # One kind a call, so that one arm at a time takes memory.
     [arm] = stage.make_arms(
       {what: contender}, setting, training, steps, deviations
     ).values()

@@ -223,7 +223,18 @@ def keep_or_encode(content: bytes, image: np.ndarray) -> bytes:
 
 
 def open_image(content: bytes, where: str) -> Image.Image:
-  """Opens and decodes wholly, so that a cut-off file shows here."""
+  """Opens and decodes wholly, so that a cut-off file shows here.
+
+  Args:
+    content: of the file.
+    where: what to call it in an error.
+
+  Returns:
+    The image as Pillow has it, in whatever mode; EXIF is not applied.
+
+  Raises:
+    DataError: if it is empty, damaged, too large or of an unknown kind.
+  """
   if not content:
     raise DataError(f"{where} is empty; replace it by the original file.")
   try:
