@@ -51,8 +51,8 @@ def estimate(
   Each compiled function runs on zeros, its compilation left out. Networks
   that `workdir` holds already are not trained again, and scores not taken
   again; a training that was stopped half-way counts whole, and so do passes of
-  a frozen teacher that a cache may hold. Reading data, writing files and the
-  boundary metrics of the scores are left out.
+  a frozen teacher that a cache may hold. Reading and augmenting data, writing
+  files and the boundary metrics of the scores are left out.
 
   Args:
     config: see `configs/`.
@@ -265,7 +265,7 @@ def format_items(items: Sequence[Item]) -> str:
   whole = sum(item.total for item in items)
   lines.append(
     f"About {train.duration(whole)} of training and scoring on this machine; "
-    "compiling, reading and writing come on top."
+    "compiling, reading, augmenting and writing come on top."
   )
   return "\n".join(lines)
 
