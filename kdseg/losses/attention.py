@@ -165,14 +165,15 @@ def token_fit(
   labels given `probe(R_m * T)`, averaged over the tokens; the second the mean
   Dice coefficient of the masks' pairs, `2 sum(R R') / (sum(R^2) + sum(R'^2))`.
 
-  Difference from the source: `probe`, a linear map trained along, stands in for
-  the rest of the teacher.
+  Difference from the source: `probe`, an affine map trained along, stands in
+  for the rest of the teacher. So `probe(R_m T) = R_m (probe(T) - probe(0)) +
+  probe(0)`, and it is applied once for all tokens.
 
   Args:
     masks: [B, h, w, M] from `token_masks`.
     teacher_feat: [B, h, w, C]; receives no gradient.
     labels: [B, H, W], 0 or 1; read at the cells' centres.
-    probe: maps [..., C] to logits [..., 1], with its parameters bound.
+    probe: maps [..., C] to logits [..., 1], with its parameters bound; affine.
 
   Returns:
     [B] float32. It does not depend on the student.
@@ -186,10 +187,11 @@ def token_fit(
   labels = grids.labels_at(labels, teacher)
   masks = masks.astype(jnp.float32)
   count = masks.shape[-1]
-  task = 0.0
-  for token in range(count):
-    seen = probe(masks[..., token : token + 1] * teacher)[..., 0]
-    task = task + segmentation.bce(seen, labels) / count
+  nothing = probe(jnp.zeros((1, 1, 1, teacher.shape[-1])))
+  seen = masks * (probe(teacher) - nothing) + nothing
+  task = sum(
+    segmentation.bce(seen[..., token], labels) / count for token in range(count)
+  )
   overlap = jnp.einsum(
     "bijm,bijn->bmn", masks, masks, precision=jax.lax.Precision.HIGHEST
   )

@@ -8,7 +8,10 @@ Array = jax.Array
 
 def mean_per_image(values: Array) -> Array:
   """Averages `values` [B, ...] over all but the first axis; [B] float32."""
-  return jnp.mean(values.astype(jnp.float32), tuple(range(1, values.ndim)))
+  # XLA's CPU backend would compute the values inside of the sum, one by one:
+  # exponentials take twice as long there.
+  values = jax.lax.optimization_barrier(values.astype(jnp.float32))
+  return jnp.mean(values, tuple(range(1, values.ndim)))
 
 
 def weighted_mean_per_image(values: Array, weights: Array) -> Array:
@@ -42,6 +45,13 @@ def unit(x: Array) -> Array:
     [..., C] float32. A vector shorter than 1e-6 stays as it is, so that one of
     zeros has a gradient that is finite.
   """
-  x = x.astype(jnp.float32)
-  square = jnp.sum(jnp.square(x), -1, keepdims=True)
-  return x * jax.lax.rsqrt(jnp.where(square > 1e-12, square, 1.0))
+  return x.astype(jnp.float32) * inverse_norm(x)[..., None]
+
+
+def inverse_norm(x: Array) -> Array:
+  """Returns one over the norm along the last axis, [..., C] to [...].
+
+  Float32; 1 for a vector shorter than 1e-6.
+  """
+  square = jnp.sum(jnp.square(x.astype(jnp.float32)), -1)
+  return jax.lax.rsqrt(jnp.where(square > 1e-12, square, 1.0))

@@ -89,33 +89,46 @@ def skd_pa(
   Args:
     student_feat: [B, h, w, C_s].
     teacher_feat: [B, h, w, C_t].
-    patch: side of a node in cells. N nodes have N x N cosines: at 256 pixels
-      and patch 2, 1024 x 1024 on a tap of stride 4, 256 x 256 on one of 8.
+    patch: side of a node in cells.
 
   Returns:
-    [B] float32.
+    [B] float32; as a difference of sums it may be some 1e-7 from 0 for maps
+    that differ by less than rounding.
 
   Raises:
     ValueError: if a shape does not fit, or `patch` is below 1.
   """
 
-  def cosines(feat: Array) -> Array:
-    nodes = _cells(grids.pool(feat, patch, "max"))
-    return jnp.einsum(
-      "bic,bjc->bij", nodes, nodes, precision=jax.lax.Precision.HIGHEST
-    )
+  student, teacher = (
+    _cells(grids.pool(feat, patch, "max"))
+    for feat in _both(student_feat, teacher_feat)
+  )
 
-  student, teacher = _both(student_feat, teacher_feat)
-  return reduce.mean_per_image(jnp.square(cosines(student) - cosines(teacher)))
+  def products(first: Array, second: Array) -> Array:
+    """sum_ij (first_i . first_j) (second_i . second_j), image by image."""
+    moments = jnp.einsum(
+      "bic,bid->bcd", first, second, precision=jax.lax.Precision.HIGHEST
+    )
+    return jnp.sum(jnp.square(moments), (1, 2))
+
+  # |SS' - TT'|^2 = |S'S|^2 - 2 |S'T|^2 + |T'T|^2: matrices of the channels,
+  # not of the nodes.
+  square = (
+    products(student, student)
+    - 2.0 * products(student, teacher)
+    + products(teacher, teacher)
+  )
+  return square / student.shape[1] ** 2
 
 
 def _class_means(feat: Array, labels: Array) -> tuple[Array, Array]:
   """Mean features of skin and lesion, [B, C] each; 0 where there is none."""
-  means = []
-  for weight in (1.0 - labels, labels):
-    total = jnp.sum(feat * weight[..., None], (1, 2))
-    size = jnp.sum(weight, (1, 2))
-    means.append(total / jnp.where(size > 0, size, 1.0)[:, None])
+  weights = jnp.stack([1.0 - labels, labels])
+  totals = jnp.einsum(
+    "kbij,bijc->kbc", weights, feat, precision=jax.lax.Precision.HIGHEST
+  )
+  sizes = jnp.sum(weights, (2, 3))[..., None]
+  means = totals / jnp.where(sizes > 0, sizes, 1.0)
   return means[0], means[1]
 
 
@@ -142,11 +155,12 @@ def ifvd(student_feat: Array, teacher_feat: Array, labels: Array) -> Array:
   labels = grids.labels_at(labels, student)
 
   def closeness(feat: Array) -> Array:
-    skin, lesion = (
-      reduce.unit(mean)[:, None, None] for mean in _class_means(feat, labels)
+    means = jnp.stack([reduce.unit(m) for m in _class_means(feat, labels)])
+    along = jnp.einsum(
+      "bijc,kbc->kbij", feat, means, precision=jax.lax.Precision.HIGHEST
     )
-    own = jnp.where(labels[..., None] > 0.5, lesion, skin)
-    return jnp.sum(reduce.unit(feat) * own, -1)
+    along = jnp.where(labels > 0.5, along[1], along[0])
+    return along * reduce.inverse_norm(feat)
 
   return reduce.mean_per_image(
     jnp.square(closeness(student) - closeness(teacher))
