@@ -98,7 +98,6 @@ def skd_pa(
   Raises:
     ValueError: if a shape does not fit, or `patch` is below 1.
   """
-
   student, teacher = (
     _cells(grids.pool(feat, patch, "max"))
     for feat in _both(student_feat, teacher_feat)
