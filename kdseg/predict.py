@@ -2,12 +2,12 @@
 
   python -m kdseg.predict MODEL IMAGES... --out DIR
 
-MODEL is a shipped model (isic2016-student), a file of weights, or the folder of
-an arm in a workdir; IMAGES are files, folders or patterns. Into DIR go
-masks/NAME.png at each image's own size (white where there is lesion),
-overlays/NAME.png, and predictions.csv with a row an image. One that cannot be
-read is named in its row and does not stop the others; the exit code is then 1.
-Research software, not a medical device.
+MODEL is a shipped model (isic2016-student), a file of weights, the folder of an
+arm in a workdir, or a file of `kdseg.deploy.export`; IMAGES are files, folders
+or patterns. Into DIR go masks/NAME.png at each image's own size (white where
+there is lesion), overlays/NAME.png, and predictions.csv with a row an image.
+One that cannot be read is named in its row and does not stop the others; the
+exit code is then 1. Research software, not a medical device.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from PIL import Image
 from kdseg.data import archives
 from kdseg.deploy import models
 from kdseg.deploy import pictures
+from kdseg.deploy import segmenter
 from kdseg.deploy import weights
 from kdseg.report import overlays
 from kdseg.report import scores
@@ -70,7 +71,7 @@ def name_outputs(paths: Sequence[pathlib.Path]) -> list[str]:
 
 
 def predict(
-  model: models.Model,
+  model: segmenter.Segmenter,
   paths: Sequence[pathlib.Path],
   out: pathlib.Path,
   *,
@@ -134,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   options = parser.parse_args(arguments)
   try:
     model = models.load(options.model)
-  except weights.WeightsError as error:
+  except (ImportError, weights.WeightsError) as error:
     print(f"kdseg: {error}", file=sys.stderr)
     return 2
   threshold = options.threshold

@@ -1,15 +1,26 @@
 """Writes a trained network in the forms that run elsewhere, and checks them.
 
-  python -m kdseg.deploy.export MODEL --out DIR
+  python -m kdseg.deploy.export MODEL --out DIR [--forms onnx litert stablehlo]
+      [--calibration IMAGES...]
 
-MODEL is what `kdseg.predict` takes. Into DIR go weights.safetensors (this
-package), model.onnx (ONNX Runtime, any batch), model.stablehlo (any batch, JAX
-on CPU, GPU and TPU), preprocess.json (what to do to an image before and after),
-golden.npz (inputs and the answers they must give), PARITY.json (how far each
-form is from JAX) and README.md, its model card. Input is uint8
-[batch, S, S, 3], RGB; output the probability of lesion, float32 [batch, S, S].
-Normalisation is inside the graph. A form that strays by more than 1e-4 is not
-written: the command stops and names it. Needs the extra `export`.
+MODEL is a shipped model, a file of weights or the folder of an arm. Into DIR go
+
+  weights.safetensors   this package
+  model.onnx            ONNX Runtime, also in a browser; extra `export`
+  model.tflite          LiteRT, for phones; extra `litert`
+  model.int8.onnx, model.int8.tflite
+                        the same with weights of 8 bits
+  model.stablehlo       JAX on CPU, GPU and TPU; extra `export`
+  preprocess.json       what to do to an image before and after
+  golden.npz            inputs and the answers they must give
+  PARITY.json           how far each form is from JAX
+  README.md             its model card
+
+Input is uint8 [batch, S, S, 3], RGB; output the probability of lesion, float32
+[batch, S, S]. Normalisation is inside the graph. A form that strays by more
+than 1e-4 is not written: the command stops and names it. int8 forms stray
+more; how far, and whether they are smaller and faster here, is said.
+`python -m kdseg.deploy.score DIR` tells what each form scores on a data set.
 """
 
 import argparse
@@ -20,6 +31,7 @@ import json
 import pathlib
 import sys
 import tempfile
+import time
 from typing import Any
 
 import jax
@@ -27,17 +39,32 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdseg import checkpoint
+from kdseg import choices
 from kdseg import networks
 from kdseg import step as step_lib
+from kdseg.data import archives
+from kdseg.data import pipeline
 from kdseg.data import synthetic
+from kdseg.deploy import artefacts
+from kdseg.deploy import litert_graph
 from kdseg.deploy import models
 from kdseg.deploy import onnx_graph
+from kdseg.deploy import pictures
+from kdseg.deploy import program
+from kdseg.deploy import quantized
 from kdseg.deploy import weights
 
 TOLERANCE = 1e-4
-INPUT, OUTPUT = "image", "probability"
+INPUT, OUTPUT = artefacts.INPUT, artefacts.OUTPUT
+FORMS = ("onnx", "litert", "stablehlo")
+# fp32 form of each int8 one.
+INT8 = {
+  "model.int8.onnx": "model.onnx",
+  "model.int8.tflite": "model.tflite",
+}
 _GOLDEN = 4
 _RANDOM = 4
+_TIMED = 30
 
 
 class ParityError(RuntimeError):
@@ -62,52 +89,58 @@ def make_inputs(size: int) -> dict[str, np.ndarray]:
   return {"golden": np.stack(drawn), "random": noise}
 
 
-def export(model: models.Model, out: str | pathlib.Path) -> dict[str, Any]:
+def export(
+  model: models.Model,
+  out: str | pathlib.Path,
+  *,
+  forms: Sequence[str] = FORMS,
+  calibration: np.ndarray | None = None,
+) -> dict[str, Any]:
   """Writes every form of a network and the proof that they agree.
 
   Args:
-    model: from `models.load`.
-    out: folder; files of these names in it are replaced.
+    model: from `models.load_weights`.
+    out: folder; files of these names in it are replaced, and those of forms
+      that are left out are deleted.
+    forms: of `FORMS`.
+    calibration: [N, S, S, 3] uint8, which the ranges of the int8 ONNX file
+      are measured on; drawn lesions if None.
 
   Returns:
-    What PARITY.json says: by form, its bytes and its largest distance from
-    JAX over golden and random inputs.
+    What PARITY.json says: by form its bytes, its largest distance from JAX
+    over golden and random inputs, and its milliseconds for one image on one
+    thread; for an int8 form also the share of pixels of the golden images that
+    change sides.
 
   Raises:
     ImportError: if a converter is not installed; names the extra.
     ParityError: if a form is further than 1e-4 from JAX, and so not written.
-    UnsupportedError: if the network has an operation without an ONNX form.
+    UnsupportedError: if the network has an operation that a form lacks.
+    ValueError: on an unknown form.
   """
   out = pathlib.Path(out)
-  function = make_function(model)
+  choices.check_known("form", forms, FORMS)
   inputs = make_inputs(model.size)
-  expected = {
-    name: np.asarray(jax.jit(function)(x)) for name, x in inputs.items()
-  }
-
-  onnx_bytes, run_onnx = _make_onnx(model, function)
-  stablehlo_bytes, run_stablehlo = _make_stablehlo(model, function)
-  forms = {
-    "model.onnx": (onnx_bytes, run_onnx),
-    "model.stablehlo": (stablehlo_bytes, run_stablehlo),
-  }
+  expected = {name: model.probabilities(x) for name, x in inputs.items()}
+  contents = _make_forms(
+    model, forms, inputs["golden"] if calibration is None else calibration
+  )
   parity: dict[str, Any] = {}
-  for name, (content, run) in forms.items():
-    distance = {
-      kind: float(np.abs(run(x) - expected[kind]).max())
-      for kind, x in inputs.items()
-    }
-    if not max(distance.values()) <= TOLERANCE:
+  for name, content in contents.items():
+    parity[name] = _measure(name, content, inputs, expected)
+    distance = max(parity[name]["largest_difference"].values())
+    # Also when it is not a number.
+    if name not in INT8 and not distance <= TOLERANCE:
       raise ParityError(
-        f"{name} is {max(distance.values()):.2g} away from JAX in probability, "
-        f"more than {TOLERANCE:g}; it is not written"
+        f"{name} is {distance:.2g} away from JAX in probability, more than "
+        f"{TOLERANCE:g}; nothing is written"
       )
-    parity[name] = {"bytes": len(content), "largest_difference": distance}
 
   about = {k: v for k, v in model.about.items() if k != "format"}
   record = {
     "tolerance": TOLERANCE,
     "against": f"jax {jax.__version__}",
+    "calibration": "drawn lesions" if calibration is None else "given images",
     **parity,
   }
   out.mkdir(parents=True, exist_ok=True)
@@ -115,7 +148,7 @@ def export(model: models.Model, out: str | pathlib.Path) -> dict[str, Any]:
   # stand beside something old.
   with tempfile.TemporaryDirectory(dir=out) as scratch:
     folder = pathlib.Path(scratch)
-    for name, (content, _) in forms.items():
+    for name, content in contents.items():
       (folder / name).write_bytes(content)
     weights.save(folder / "weights.safetensors", model.variables, about)
     np.savez_compressed(
@@ -129,21 +162,74 @@ def export(model: models.Model, out: str | pathlib.Path) -> dict[str, Any]:
       make_card(model, {"weights.safetensors": size}, parity), encoding="utf-8"
     )
     checkpoint.write_json(folder / "PARITY.json", record)
-    (out / "PARITY.json").unlink(missing_ok=True)
+    for stale in ("PARITY.json", "SCORES.json", *INT8, *INT8.values()):
+      (out / stale).unlink(missing_ok=True)
+    (out / "model.stablehlo").unlink(missing_ok=True)
     for path in sorted(folder.iterdir(), key=lambda p: p.name == "PARITY.json"):
       path.replace(out / path.name)
   return record
 
 
+def _make_forms(
+  model: models.Model, forms: Sequence[str], calibration: np.ndarray
+) -> dict[str, bytes]:
+  """Returns the files of the forms, by name."""
+  function = make_function(model)
+  contents = {}
+  if "onnx" in forms:
+    content = _make_onnx(model, function)
+    contents["model.onnx"] = content
+    contents["model.int8.onnx"] = quantized.quantize_onnx(content, calibration)
+  if "litert" in forms:
+    content = litert_graph.export(
+      function,
+      (model.size, model.size, 3),
+      np.uint8,
+      input_name=INPUT,
+      output_name=OUTPUT,
+      description=json.dumps(describe_input(model)),
+    )
+    contents["model.tflite"] = content
+    contents["model.int8.tflite"] = quantized.quantize_litert(content)
+  if "stablehlo" in forms:
+    contents["model.stablehlo"] = _make_stablehlo(model, function)
+  return contents
+
+
+def _measure(
+  name: str,
+  content: bytes,
+  inputs: Mapping[str, np.ndarray],
+  expected: Mapping[str, np.ndarray],
+) -> dict[str, Any]:
+  """Returns the entry of a form in PARITY.json."""
+  run, _, _ = artefacts.open_content(name, content, threads=1)
+  answers = {kind: run(x) for kind, x in inputs.items()}
+  entry: dict[str, Any] = {
+    "bytes": len(content),
+    "largest_difference": {
+      kind: float(np.abs(answer - expected[kind]).max())
+      for kind, answer in answers.items()
+    },
+  }
+  if name in INT8:
+    changed = (answers["golden"] > 0.5) != (expected["golden"] > 0.5)
+    entry["changed_pixels"] = float(np.mean(changed))
+  one = inputs["golden"][:1]
+  run(one)
+  taken = []
+  for _ in range(_TIMED):
+    began = time.perf_counter()
+    run(one)
+    taken.append(time.perf_counter() - began)
+  # Not the median: other work on the machine only ever adds.
+  entry["milliseconds"] = 1e3 * min(taken)
+  return entry
+
+
 def _make_onnx(
   model: models.Model, function: Callable[[jax.Array], jax.Array]
-) -> tuple[bytes, Callable[[np.ndarray], np.ndarray]]:
-  try:
-    import onnxruntime
-  except ModuleNotFoundError as error:
-    raise ImportError(
-      "checking ONNX needs the package onnxruntime: pip install 'kdseg[export]'"
-    ) from error
+) -> bytes:
   graph = onnx_graph.export(
     function,
     (model.size, model.size, 3),
@@ -155,16 +241,12 @@ def _make_onnx(
       for key, value in describe_input(model).items()
     },
   )
-  content = graph.SerializeToString()
-  session = onnxruntime.InferenceSession(
-    content, providers=["CPUExecutionProvider"]
-  )
-  return content, lambda x: session.run([OUTPUT], {INPUT: x})[0]
+  return graph.SerializeToString()
 
 
 def _make_stablehlo(
   model: models.Model, function: Callable[[jax.Array], jax.Array]
-) -> tuple[bytes, Callable[[np.ndarray], np.ndarray]]:
+) -> bytes:
   from jax import export as jax_export
 
   [batch] = jax_export.symbolic_shape("batch")
@@ -173,14 +255,31 @@ def _make_stablehlo(
     jax.jit(function), platforms=("cpu", "cuda", "tpu")
   )(shape)
   try:
-    content = bytes(exported.serialize())
+    return bytes(exported.serialize())
   except ModuleNotFoundError as error:
     raise ImportError(
       "writing StableHLO needs the package flatbuffers: "
       "pip install 'kdseg[export]'"
     ) from error
-  restored = jax_export.deserialize(bytearray(content))
-  return content, lambda x: np.asarray(restored.call(x))
+
+
+def describe_int8(name: str, parity: Mapping[str, Any]) -> str:
+  """Says in words what an int8 form gains and loses against its fp32 form."""
+  entry, full = parity[name], parity[INT8[name]]
+  size = entry["bytes"] / full["bytes"]
+  pace = entry["milliseconds"] / full["milliseconds"]
+  # Two runs of one file differ by a tenth.
+  speed = "as fast as it"
+  if pace < 0.9:
+    speed = "faster"
+  elif pace > 1.1:
+    speed = "slower"
+  return (
+    f"{'smaller' if size < 1 else 'no smaller'} and {speed} here, with "
+    f"{size:.0%} of the bytes of {INT8[name]} and {pace:.2f} times its "
+    f"milliseconds; {entry['changed_pixels']:.2%} of the golden images' pixels "
+    "change sides"
+  )
 
 
 def describe_input(model: models.Model) -> dict[str, Any]:
@@ -232,18 +331,26 @@ def make_card(
   ]
   lines += [
     "",
-    "| file | bytes | largest difference from JAX |",
-    "|---|---:|---:|",
+    "| file | bytes | largest difference from JAX | ms, one thread |",
+    "|---|---:|---:|---:|",
   ]
-  lines += [f"| {name} | {size:,} | |" for name, size in sizes.items()]
+  lines += [f"| {name} | {size:,} | | |" for name, size in sizes.items()]
   lines += [
     f"| {name} | {entry['bytes']:,} | "
-    f"{max(entry['largest_difference'].values()):.1e} |"
+    f"{max(entry['largest_difference'].values()):.1e} | "
+    f"{entry['milliseconds']:.1f} |"
     for name, entry in parity.items()
   ]
   lines += [
+    f"\n{name}: {describe_int8(name, parity)}."
+    for name in INT8
+    if name in parity
+  ]
+  lines += [
     "",
-    "Use: `preprocess.json` says what to do to an image before and after; "
+    "Milliseconds are the fastest of thirty runs for one image, on the machine "
+    "that wrote this. "
+    "`preprocess.json` says what to do to an image before and after; "
     "`golden.npz` holds inputs with the answers they must give.",
     "",
     "Limits: it knows images like those it was trained on, no others; those of "
@@ -267,24 +374,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
   )
   parser.add_argument("model", metavar="MODEL")
   parser.add_argument("--out", required=True, help="folder for the files")
+  parser.add_argument(
+    "--forms", nargs="+", choices=FORMS, default=FORMS, help="all if unset"
+  )
+  parser.add_argument(
+    "--calibration",
+    nargs="+",
+    metavar="IMAGES",
+    help="what int8 ranges are measured on; drawn lesions if unset",
+  )
   options = parser.parse_args(arguments)
   try:
-    record = export(models.load(options.model), options.out)
+    model = models.load_weights(options.model)
+    images = None
+    if options.calibration:
+      images = np.stack(
+        [
+          pipeline.resize_image(pictures.read(path), model.size)
+          for path in pictures.find(options.calibration)
+        ]
+      )
+    parity = export(model, options.out, forms=options.forms, calibration=images)
   except (
     ImportError,
     OSError,
     ParityError,
-    onnx_graph.UnsupportedError,
+    archives.DataError,
+    program.UnsupportedError,
     weights.WeightsError,
   ) as error:
     print(f"kdseg: {error}", file=sys.stderr)
     return 1
-  for name, entry in record.items():
+  for name, entry in parity.items():
     if isinstance(entry, dict):
       print(
         f"{name}: {entry['bytes']:,} bytes, at most "
-        f"{max(entry['largest_difference'].values()):.1e} from JAX"
+        f"{max(entry['largest_difference'].values()):.1e} from JAX, "
+        f"{entry['milliseconds']:.1f} ms"
       )
+  for name in INT8:
+    if name in parity:
+      print(f"{name}: {describe_int8(name, parity)}")
   return 0
 
 

@@ -12,71 +12,34 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdseg import checkpoint
-from kdseg import metrics
 from kdseg import networks
 from kdseg import step as step_lib
-from kdseg.data import pipeline
+from kdseg.deploy import artefacts
+from kdseg.deploy import segmenter
 from kdseg.deploy import weights
 
 Tree = Any
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
-  """A network ready to run.
+class Model(segmenter.Segmenter):
+  """A network with its weights, run by JAX.
 
   Attributes:
-    name: for people.
     network: the module.
     variables: its weights, host arrays.
-    size: side of its input in pixels.
-    threshold: lesion where the probability is above.
-    about: what its file says of it.
   """
 
-  name: str
   network: nn.Module
   variables: Tree
-  size: int
-  threshold: float
-  about: dict[str, Any]
 
   @functools.cached_property
   def _run(self) -> Any:
     return jax.jit(step_lib.make_predict(self.network))
 
-  def predict(self, image: np.ndarray) -> np.ndarray:
-    """Returns the probability of lesion, pixel by pixel.
-
-    The same arithmetic as the scores of a run: the image is squashed to the
-    network's square by an antialiased bilinear filter, and the probability
-    brought back to the image's size.
-
-    Args:
-      image: [h, w, 3] uint8 RGB, of any size.
-
-    Returns:
-      [h, w] float32 in [0, 1].
-
-    Raises:
-      ValueError: on another shape or type.
-    """
-    image = np.asarray(image)
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-      raise ValueError(
-        f"an image is uint8 [h, w, 3], RGB, not {image.dtype} {image.shape}"
-      )
-    if 0 in image.shape:
-      raise ValueError(f"an image of {image.shape[:2]} has no pixel")
-    square = pipeline.resize_image(np.ascontiguousarray(image), self.size)
-    probability = np.asarray(
-      self._run(self.variables, {"image": square[None]})
-    )[0]
-    return metrics.resize_probability(probability, *image.shape[:2])
-
-  def segment(self, image: np.ndarray) -> np.ndarray:
-    """Returns the mask [h, w] bool of `predict` above the threshold."""
-    return self.predict(image) > self.threshold
+  def probabilities(self, batch: np.ndarray) -> np.ndarray:
+    """See the base class."""
+    return np.asarray(self._run(self.variables, {"image": batch}))
 
 
 def shipped() -> dict[str, pathlib.Path]:
@@ -85,8 +48,24 @@ def shipped() -> dict[str, pathlib.Path]:
   return {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
 
 
-def load(name_or_path: str | pathlib.Path) -> Model:
-  """Returns a network, ready to run.
+def load(name_or_path: str | pathlib.Path) -> segmenter.Segmenter:
+  """Returns a network in whatever form it is, ready to run.
+
+  Args:
+    name_or_path: what `load_weights` takes, or a file that
+      `kdseg.deploy.export` wrote (.onnx, .tflite, .stablehlo).
+
+  Raises:
+    ImportError: if the runtime of a file is not installed; names the extra.
+    WeightsError: if it is none of these, or damaged.
+  """
+  if pathlib.Path(name_or_path).suffix in artefacts.SUFFIXES:
+    return artefacts.load(name_or_path)
+  return load_weights(name_or_path)
+
+
+def load_weights(name_or_path: str | pathlib.Path) -> Model:
+  """Returns a network with its weights.
 
   Args:
     name_or_path: a shipped model ("isic2016-student"), a file of weights, or

@@ -8,45 +8,23 @@ shift behind a convolution (BatchNorm) go into its weights. A call of
 `layers.upsample_2x` becomes one Resize.
 """
 
-import collections
 from collections.abc import Callable
 from collections.abc import Sequence
-import contextlib
 import dataclasses
 from typing import Any
-from unittest import mock
 
 import jax
 import numpy as np
 
+from kdseg.deploy import program as program_lib
+
 OPSET = 18
-# Of the batch while a program is read: a side that no network has.
-BATCH = 7919
-# Calls that are nothing but the program within.
-_CALLS = frozenset(
-  {
-    "jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2",
-    "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr",
-  }
-)  # fmt: skip
-# What may be done to a constant that is narrower than it says.
-_ELEMENTWISE = frozenset(
-  {
-    "add", "sub", "mul", "div", "max", "min", "neg", "rsqrt", "sqrt", "exp",
-    "log", "logistic", "tanh", "ge", "gt", "le", "lt", "select_n",
-    "convert_element_type", "integer_pow", "stop_gradient",
-  }
-)  # fmt: skip
-_TO_NCHW = (0, 3, 1, 2)
+_TO_NCHW = program_lib.TO_NCHW
 _TO_NHWC = (0, 2, 3, 1)
 
 
-class _Narrow(np.ndarray):
-  """A constant with a side of 1 where the program has the batch."""
-
-
-class UnsupportedError(NotImplementedError):
-  """An operation of the program that has no ONNX form here."""
+BATCH = program_lib.BATCH
+UnsupportedError = program_lib.UnsupportedError
 
 
 @dataclasses.dataclass
@@ -102,18 +80,15 @@ def export(
     raise ImportError(
       "writing ONNX needs the package onnx: pip install 'kdseg[export]'"
     ) from error
-  given = jax.ShapeDtypeStruct((BATCH, *shape), dtype)
-  with _portable():
-    # A new function: a program traced before for this CPU is no use here.
-    program = jax.make_jaxpr(lambda x: function(x))(given)
+  program = program_lib.trace(function, shape, dtype)
   writer = _Writer(onnx)
-  image = _Value(input_name, given.shape)
+  image = _Value(input_name, (BATCH, *shape))
   [out] = writer.run(program.jaxpr, program.consts, [image])
   writer.finish(out, output_name)
   graph = onnx.helper.make_graph(
     writer.nodes,
     "kdseg",
-    [_info(onnx, input_name, given.shape, np.dtype(dtype))],
+    [_info(onnx, input_name, image.shape, np.dtype(dtype))],
     [_info(onnx, output_name, out.shape, np.dtype(np.float32))],
     writer.initializers,
   )
@@ -134,13 +109,6 @@ def export(
   return model
 
 
-@contextlib.contextmanager
-def _portable() -> Any:
-  """Lets layers choose the form they have for every backend but the CPU."""
-  with mock.patch.object(jax, "default_backend", return_value="portable"):
-    yield
-
-
 def _info(onnx: Any, name: str, shape: tuple[int, ...], dtype: Any) -> Any:
   return onnx.helper.make_tensor_value_info(
     name,
@@ -149,8 +117,10 @@ def _info(onnx: Any, name: str, shape: tuple[int, ...], dtype: Any) -> Any:
   )
 
 
-class _Writer:
+class _Writer(program_lib.Walker):
   """Collects nodes and weights while it walks a program."""
+
+  form = "ONNX"
 
   def __init__(self, onnx: Any) -> None:
     self.onnx = onnx
@@ -211,78 +181,6 @@ class _Writer:
       return value.name
     return self._node("Transpose", [value.name], perm=_TO_NCHW)
 
-  # ---------------------------------------------------------------- program
-
-  def run(
-    self, jaxpr: Any, consts: Sequence[Any], arguments: Sequence[_Operand]
-  ) -> list[_Operand]:
-    """Walks a program; returns its results."""
-    values: dict[Any, _Operand] = {}
-    for variable, const in zip(jaxpr.constvars, consts):
-      values[variable] = np.asarray(const)
-    values.update(zip(jaxpr.invars, arguments))
-
-    readers = [v for e in jaxpr.eqns for v in e.invars] + list(jaxpr.outvars)
-    readers = [v for v in readers if not hasattr(v, "val")]
-    count = collections.Counter(readers)
-
-    def read(variable: Any) -> _Operand:
-      if hasattr(variable, "val"):  # a literal
-        literal = np.asarray(variable.val)
-        if (literal == BATCH).any():
-          raise UnsupportedError("the program computes with the batch's size")
-        return literal
-      value = values[variable]
-      if count[variable] > 1 and isinstance(value, _Value):
-        # Somebody else reads it as it is now.
-        value.convolution = None
-      return value
-
-    for equation in jaxpr.eqns:
-      operands = [read(variable) for variable in equation.invars]
-      results = self._equation(equation, operands)
-      values.update(zip(equation.outvars, results))
-    return [read(variable) for variable in jaxpr.outvars]
-
-  def _equation(
-    self, equation: Any, operands: list[_Operand]
-  ) -> list[_Operand]:
-    name, params = equation.primitive.name, equation.params
-    out = [variable.aval for variable in equation.outvars]
-    inner = params.get("jaxpr", params.get("call_jaxpr"))
-    if name in _CALLS and inner is not None:
-      if params.get("name") == "upsample_2x":
-        return [self._upsample(operands[0], out[0].shape)]
-      if not hasattr(inner, "consts"):
-        return self.run(inner, (), operands)
-      return self.run(inner.jaxpr, inner.consts, operands)
-    narrow = any(isinstance(operand, _Narrow) for operand in operands)
-    if narrow and name not in _ELEMENTWISE:
-      raise UnsupportedError(f"{name} of a constant as long as the batch")
-    if all(isinstance(operand, np.ndarray) for operand in operands):
-      constant = self._constant(equation, operands)
-      return [constant.view(_Narrow) if narrow else constant]
-    method = getattr(self, f"_{name}", None)
-    if method is None:
-      raise UnsupportedError(
-        f"the program has the operation {name}, which has no ONNX form here"
-      )
-    return [method(operands, params, out[0])]
-
-  def _constant(self, equation: Any, operands: list[np.ndarray]) -> np.ndarray:
-    shape = equation.params.get("shape", ())
-    if equation.primitive.name == "broadcast_in_dim" and BATCH in shape:
-      # Left narrow, as ONNX broadcasts by itself: no constant of a batch.
-      shape = [1] * len(equation.params["shape"])
-      for axis, side in zip(
-        equation.params["broadcast_dimensions"], operands[0].shape
-      ):
-        shape[axis] = side
-      return np.asarray(operands[0]).reshape(shape).view(_Narrow)
-    return np.asarray(
-      equation.primitive.bind(*map(np.asarray, operands), **equation.params)
-    )
-
   # ------------------------------------------------------------ elementwise
 
   def _binary(self, kind: str, operands: list[_Operand], out: Any) -> _Value:
@@ -305,13 +203,10 @@ class _Writer:
       left, right = right, left
     if not (isinstance(left, _Value) and isinstance(right, np.ndarray)):
       return None
-    per_channel = right.size in (1, left.shape[-1]) and (
-      right.ndim == 0 or right.shape[-1] == right.size
-    )
-    if left.convolution is None or not per_channel or kind == "Max":
+    channel = program_lib.per_channel(right, left.shape[-1])
+    if left.convolution is None or channel is None or kind == "Max":
       return None
     node = self.nodes[left.convolution]
-    channel = np.broadcast_to(right.reshape(-1), (left.shape[-1],))
     kernel, bias = (self._weights[name] for name in node.input[1:])
     if kind in ("Mul", "Div"):
       scale = channel if kind == "Mul" else 1.0 / channel
@@ -344,7 +239,7 @@ class _Writer:
 
   def _max(self, operands: list[_Operand], params: Any, out: Any) -> _Value:
     value, bound = operands
-    if isinstance(bound, np.ndarray) and bound.size == 1 and not bound.any():
+    if program_lib.is_zero(bound):
       return self._unary("Relu", [value], out)
     return self._binary("Max", operands, out)
 
@@ -453,16 +348,7 @@ class _Writer:
     self, operands: list[_Operand], params: Any, out: Any
   ) -> _Value:
     x, kernel = operands
-    numbers = params["dimension_numbers"]
-    plain = (
-      tuple(numbers.lhs_spec) == _TO_NCHW
-      and tuple(numbers.rhs_spec) == (3, 2, 0, 1)
-      and tuple(numbers.out_spec) == _TO_NCHW
-      and set(params["lhs_dilation"]) == {1}
-      and params["batch_group_count"] == 1
-    )
-    if not (plain and isinstance(kernel, np.ndarray)):
-      raise UnsupportedError(f"a convolution with {numbers}")
+    program_lib.check_convolution(params, kernel)
     kernel = kernel.transpose(3, 2, 0, 1)  # HWIO to OIHW
     pads = [int(p) for side in zip(*params["padding"]) for p in side]
     name = self._node(
@@ -483,19 +369,10 @@ class _Writer:
   def _pool(
     self, kind: str, x: _Value, params: Any, out: Any, **attributes: Any
   ) -> _Value:
+    program_lib.check_pooling(params)
     window = params["window_dimensions"]
     strides = params["window_strides"]
     padding = params["padding"]
-    plain = (
-      len(window) == 4
-      and set(params["base_dilation"]) | set(params["window_dilation"]) == {1}
-      and all(
-        window[axis] == strides[axis] == 1 and tuple(padding[axis]) == (0, 0)
-        for axis in (0, 3)
-      )
-    )
-    if not plain:
-      raise UnsupportedError(f"pooling over {window}")
     name = self._node(
       kind,
       [self._first(x)],

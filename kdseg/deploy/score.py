@@ -1,0 +1,177 @@
+"""Scores every form of a network on test sets, file by file.
+
+  python -m kdseg.deploy.score DIR --manual-dir FOLDER [--tests isic2016 ph2]
+
+DIR was written by `kdseg.deploy.export`; FOLDER holds the official archives.
+Every form runs in its own runtime, on the images and with the metrics of a
+run. Writes scores.csv (a row an image and form, as in a workdir), SCORES.json
+and SCORES.md, and says how far each form's Dice is from that of the weights.
+"""
+
+import argparse
+from collections.abc import Mapping
+from collections.abc import Sequence
+import pathlib
+import sys
+from typing import Any
+
+import numpy as np
+import tqdm
+
+from kdseg import checkpoint
+from kdseg import experiment
+from kdseg import metrics
+from kdseg.data import archives
+from kdseg.data import pipeline
+from kdseg.deploy import artefacts
+from kdseg.deploy import models
+from kdseg.deploy import segmenter
+from kdseg.deploy import weights
+from kdseg.report import scores
+
+REFERENCE = "weights.safetensors"
+
+
+def find(folder: pathlib.Path) -> list[pathlib.Path]:
+  """Returns the forms in a folder, the weights first.
+
+  Raises:
+    WeightsError: if the weights, which the others are held against, are not
+      there.
+  """
+  if not (folder / REFERENCE).is_file():
+    raise weights.WeightsError(
+      f"{folder} has no {REFERENCE}; write it with python -m "
+      f"kdseg.deploy.export MODEL --out {folder}"
+    )
+  return [folder / REFERENCE] + [
+    path
+    for path in sorted(folder.iterdir())
+    if path.suffix in artefacts.SUFFIXES
+  ]
+
+
+def score(
+  model: segmenter.Segmenter, arrays: pipeline.Arrays, dataset: str, form: str
+) -> list[scores.Row]:
+  """Returns a row an image, as a run writes them; the arm is the form.
+
+  Raises:
+    WeightsError: if a form answers with what is no probability.
+  """
+  rows = []
+  for i in tqdm.tqdm(range(len(arrays)), f"{form} on {dataset}"):
+    [probability] = model.probabilities(arrays.image[i : i + 1])
+    truth = arrays.native_mask(i)
+    if not np.isfinite(probability).all():
+      raise weights.WeightsError(
+        f"{form} gives what is no number for {arrays.ids[i]}"
+      )
+    # Rounding of an int8 form may pass 1 by a hair.
+    native = metrics.resize_probability(
+      np.clip(probability, 0.0, 1.0), *truth.shape
+    )
+    rows.append(
+      {
+        "arm": form,
+        "seed": 0,
+        "dataset": dataset,
+        "id": arrays.ids[i],
+        **metrics.score(native, truth),
+      }
+    )
+  return rows
+
+
+def summarise(rows: Sequence[scores.Row]) -> dict[str, dict[str, Any]]:
+  """Returns means by data set and form, and how far from the weights'."""
+  result: dict[str, dict[str, Any]] = {}
+  for (arm, _, dataset), members in scores.groups(rows).items():
+    result.setdefault(dataset, {})[arm] = {
+      "images": len(members),
+      **{
+        name: float(np.mean([row[name] for row in members]))
+        for name in ("dice", "jaccard")
+      },
+    }
+  for forms in result.values():
+    for entry in forms.values():
+      entry["dice_change"] = entry["dice"] - forms[REFERENCE]["dice"]
+  return result
+
+
+def make_table(
+  summary: Mapping[str, Mapping[str, Any]], coverage: Mapping[str, str]
+) -> str:
+  """Returns the summary as Markdown."""
+  lines = [
+    "| data set | form | images | Dice | Jaccard | Dice, less the weights' |",
+    "|---|---|---:|---:|---:|---:|",
+  ]
+  lines += [
+    f"| {dataset} | {form} | {entry['images']} | {entry['dice']:.4f} | "
+    f"{entry['jaccard']:.4f} | {entry['dice_change']:+.5f} |"
+    for dataset, forms in summary.items()
+    for form, entry in forms.items()
+  ]
+  found = "; ".join(f"{name}: {share}" for name, share in coverage.items())
+  lines += ["", f"Images found of those released: {found}.", ""]
+  return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  """Runs the command line; returns its exit code."""
+  parser = argparse.ArgumentParser(
+    prog="python -m kdseg.deploy.score",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument("folder", metavar="DIR", type=pathlib.Path)
+  parser.add_argument(
+    "--tests",
+    nargs="+",
+    choices=tuple(experiment.TEST_NAMES),
+    default=["isic2016", "ph2"],
+  )
+  parser.add_argument("--manual-dir", help="folder of the official archives")
+  parser.add_argument("--data-dir", help="where prepared data sets lie")
+  options = parser.parse_args(arguments)
+  folder = options.folder
+  rows: list[scores.Row] = []
+  coverage = {}
+  try:
+    paths = find(folder)
+    size = models.load_weights(paths[0]).size
+    for name in options.tests:
+      arrays = pipeline.load(
+        name,
+        "test",
+        size=size,
+        data_dir=options.data_dir,
+        manual_dir=options.manual_dir,
+      )
+      dataset = experiment.TEST_NAMES[name]
+      coverage[dataset] = arrays.coverage
+      for path in paths:
+        rows += score(models.load(path), arrays, dataset, path.name)
+    summary = summarise(rows)
+    scores.write(folder / "scores.csv", rows)
+    table = make_table(summary, coverage)
+    (folder / "SCORES.md").write_text(table, encoding="utf-8")
+    checkpoint.write_json(
+      folder / "SCORES.json", {"coverage": coverage, **summary}
+    )
+  except (
+    archives.DataError,
+    ImportError,
+    OSError,
+    weights.WeightsError,
+  ) as error:
+    print(f"kdseg: {error}", file=sys.stderr)
+    return 1
+  print(table)
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,89 @@
+import csv
+import json
+
+import numpy as np
+import pytest
+import tiny_model
+
+from kdseg.data import pipeline
+from kdseg.deploy import export
+from kdseg.deploy import models
+from kdseg.deploy import score
+from kdseg.deploy import weights
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  out = tmp_path_factory.mktemp("export")
+  path = tiny_model.write(out / "tiny.safetensors")
+  export.export(models.load_weights(path), out / "forms", forms=["stablehlo"])
+  return out / "forms"
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+  return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def scored(folder, data_dir):
+  arguments = [str(folder), "--tests", "synthetic", "--data-dir", str(data_dir)]
+  assert score.main(arguments) == 0
+  return folder
+
+
+def test_every_form_is_scored_on_every_image(scored, data_dir):
+  arrays = pipeline.load(
+    "synthetic", "test", size=tiny_model.SIZE, data_dir=data_dir
+  )
+  with (scored / "scores.csv").open(newline="") as file:
+    rows = list(csv.DictReader(file))
+  for form in ("weights.safetensors", "model.stablehlo"):
+    ids = [row["id"] for row in rows if row["arm"] == form]
+    assert sorted(ids) == sorted(arrays.ids)
+
+
+def test_the_summary_is_the_mean_over_images_and_its_change(scored):
+  summary = json.loads((scored / "SCORES.json").read_text())["synthetic_test"]
+  with (scored / "scores.csv").open(newline="") as file:
+    rows = list(csv.DictReader(file))
+  for form, entry in summary.items():
+    dice = np.mean([float(row["dice"]) for row in rows if row["arm"] == form])
+    assert entry["dice"] == pytest.approx(dice)
+  change = summary["model.stablehlo"]["dice_change"]
+  assert abs(change) < 1e-3
+  assert "model.stablehlo" in (scored / "SCORES.md").read_text()
+
+
+def test_a_form_that_answers_otherwise_scores_otherwise(data_dir):
+  arrays = pipeline.load(
+    "synthetic", "test", size=tiny_model.SIZE, data_dir=data_dir
+  )
+
+  class Truth:
+    def probabilities(self, batch):
+      [index] = [
+        i for i, image in enumerate(arrays.image) if (image == batch[0]).all()
+      ]
+      return arrays.mask[index][None].astype(np.float32)
+
+  rows = score.score(Truth(), arrays, "synthetic_test", "truth")
+  assert np.mean([row["dice"] for row in rows]) > 0.9
+
+
+def test_what_is_no_number_has_no_score(data_dir):
+  arrays = pipeline.load(
+    "synthetic", "test", size=tiny_model.SIZE, data_dir=data_dir
+  )
+
+  class Broken:
+    def probabilities(self, batch):
+      return np.full(batch.shape[:3], np.nan, np.float32)
+
+  with pytest.raises(weights.WeightsError, match="broken gives what is no"):
+    score.score(Broken(), arrays, "synthetic_test", "broken")
+
+
+def test_a_folder_without_weights_says_how_to_make_them(tmp_path, capsys):
+  assert score.main([str(tmp_path), "--tests", "synthetic"]) == 1
+  assert "kdseg.deploy.export" in capsys.readouterr().err
