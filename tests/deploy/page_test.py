@@ -173,7 +173,7 @@ def test_a_folder_with_something_else_is_refused_and_left(exported, tmp_path):
   out = tmp_path / "home"
   out.mkdir()
   (out / "letter.txt").write_text("mine")
-  with pytest.raises(page.PageError, match="not empty.*--force"):
+  with pytest.raises(page.PageError, match=r"not empty.*--force"):
     page.build(out, exported, runtime=RUNTIME)
   assert names(out) == {"letter.txt"}
   page.build(out, exported, runtime=RUNTIME, force=True)
@@ -332,7 +332,7 @@ def test_without_npm_it_says_what_to_do(package):
 
 def test_without_a_network_it_says_what_npm_said(package, tmp_path):
   install_npm(tmp_path, "echo 'npm error code ENOTFOUND' >&2; exit 1")
-  with pytest.raises(page.PageError, match="ENOTFOUND.*with a network"):
+  with pytest.raises(page.PageError, match=r"ENOTFOUND.*with a network"):
     page.get_runtime(files=FILES)
 
 
