@@ -40,7 +40,7 @@ from kdseg import checkpoint
 from kdseg.data import synthetic
 from kdseg.deploy import export
 from kdseg.deploy import models
-from kdseg.deploy import onnx_graph
+from kdseg.deploy import program
 from kdseg.deploy import weights
 
 RUNTIME = "onnxruntime-web"
@@ -434,7 +434,7 @@ def _export_folder(name: str, scratch: pathlib.Path) -> pathlib.Path:
   is_export = (path / "model.onnx").exists() or not checkpoint.is_finished(path)
   if name not in models.shipped() and path.is_dir() and is_export:
     return path
-  export.export(models.load(name), scratch)
+  export.export(models.load_weights(name), scratch, forms=("onnx",))
   return scratch
 
 
@@ -481,7 +481,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     OSError,
     PageError,
     export.ParityError,
-    onnx_graph.UnsupportedError,
+    program.UnsupportedError,
     weights.WeightsError,
   ) as error:
     print(f"kdseg: {error}", file=sys.stderr)

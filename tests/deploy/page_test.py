@@ -46,7 +46,7 @@ def exported(tmp_path):
   folder = tmp_path / "exported"
   path = tiny_model.write(folder / "weights.safetensors", arm="tiny <b>")
   checkpoint.write_json(
-    folder / "preprocess.json", export.describe_input(models.load(path))
+    folder / "preprocess.json", export.describe_input(models.load_weights(path))
   )
   (folder / "model.onnx").write_bytes(b"32 bits")
   return folder
@@ -127,7 +127,7 @@ def test_another_network_gives_another_version(built, exported, tmp_path):
 def test_says_what_the_network_is(built):
   said = described(built)
   about = dict(said["about"])
-  model = models.load(built.parent / "exported" / "weights.safetensors")
+  model = models.load_weights(built.parent / "exported" / "weights.safetensors")
   assert about["Arm"] == "tiny <b>"
   assert about["Network"] == "patch_unet"
   count = sum(
@@ -586,15 +586,14 @@ def visit(tmp_path_factory):
   except page.PageError as error:
     pytest.skip(str(error))
   folder = tmp_path_factory.mktemp("visit")
-  model = models.load("isic2016-student")
-  export.export(model, folder / "exported")
-  # Which weights are used is all that is looked at.
-  onnx = folder / "exported" / "model.onnx"
-  page.build(folder / "page", onnx.parent, runtime=runtime, int8=onnx)
-  preprocess = onnx.with_name("preprocess.json")
+  model = models.load_weights("isic2016-student")
+  exported = folder / "exported"
+  export.export(model, exported, forms=("onnx",))
+  page.build(folder / "page", exported, runtime=runtime)
+  preprocess = exported / "preprocess.json"
   said = json.loads(preprocess.read_text())
   preprocess.write_text(json.dumps(said | {"threshold": 0.4}))
-  page.build(folder / "newer", onnx.parent, runtime=runtime)
+  page.build(folder / "newer", exported, runtime=runtime)
 
   picture = Image.fromarray(synthetic.draw(np.random.default_rng(7), 600)[0])
   exif = Image.Exif()
@@ -634,7 +633,7 @@ def visit(tmp_path_factory):
   }
   images |= {name: files[name] for name in ("turned.jpg", "large.png")}
   images |= {"grey.png": files["grey.png"], "offline": images["example-2"]}
-  images |= {"dropped": images["example-1"], "int8": images["example-0"]}
+  images |= {"dropped": images["example-1"]}
   return seen, folder, model, images
 
 
@@ -696,6 +695,7 @@ def test_the_keyboard_reaches_and_moves_everything(visit):
   assert lower["threshold"] == 0.5
   assert highest["share"] < lower["share"]
   assert lower["precision"] == "int8"
+  assert lower["share"] != seen["files"]["example-0"]["share"]
   assert seen["outline"] is False
 
 

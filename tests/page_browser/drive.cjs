@@ -279,7 +279,7 @@ async function main() {
     return names.length === 1 && names[0] !== kept;
   }, kept);
   await page.waitForFunction(
-    (threshold) => document.querySelector("#threshold").value === threshold,
+    (threshold) => document.querySelector("#threshold")?.value === threshold,
     work.newerThreshold,
   );
   await ready(page);
