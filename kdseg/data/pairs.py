@@ -14,6 +14,7 @@ import warnings
 
 import numpy as np
 from PIL import Image
+from PIL import UnidentifiedImageError
 
 from kdseg.data import archives
 from kdseg.data.archives import DataError
@@ -252,6 +253,12 @@ def open_image(content: bytes, where: str) -> Image.Image:
     raise DataError(f"{where}: {error}") from None
   except DataError:
     raise
+  except UnidentifiedImageError:
+    # Its own text names an object in memory, not the file.
+    raise DataError(
+      f"{where} cannot be decoded (of no known format): it is cut off or no"
+      " image. Replace it by the original file."
+    ) from None
   except Exception as error:
     # Pillow's decoders raise OSError, SyntaxError, struct.error and others.
     raise DataError(

@@ -84,6 +84,12 @@ def test_an_image_cut_anywhere_is_refused(kind):
       pairs.decode_image(whole[:length], "here")
 
 
+def test_what_is_no_image_is_told_by_its_name_alone():
+  with pytest.raises(DataError, match="of no known format") as error:
+    pairs.decode_image(b"<html></html>", "here")
+  assert "BytesIO" not in str(error.value)
+
+
 def _png_that_claims(width: int, height: int) -> bytes:
   def chunk(kind: bytes, content: bytes) -> bytes:
     checksum = zlib.crc32(kind + content)
