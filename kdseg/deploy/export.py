@@ -62,6 +62,11 @@ INT8 = {
   "model.int8.onnx": "model.onnx",
   "model.int8.tflite": "model.tflite",
 }
+# What an earlier export, and the scores of its forms, may have left.
+_REPLACED = (
+  "PARITY.json", "SCORES.json", "SCORES.md", "scores.csv", "model.stablehlo",
+  *INT8, *INT8.values(),
+)  # fmt: skip
 _GOLDEN = 4
 _RANDOM = 4
 _TIMED = 30
@@ -100,8 +105,8 @@ def export(
 
   Args:
     model: from `models.load_weights`.
-    out: folder; files of these names in it are replaced, and those of forms
-      that are left out are deleted.
+    out: folder; files of these names in it are replaced; those of forms that
+      are left out, and scores of earlier ones, are deleted.
     forms: of `FORMS`.
     calibration: [N, S, S, 3] uint8, which the ranges of the int8 ONNX file
       are measured on; drawn lesions if None.
@@ -127,7 +132,7 @@ def export(
   )
   parity: dict[str, Any] = {}
   for name, content in contents.items():
-    parity[name] = _measure(name, content, inputs, expected)
+    parity[name] = _measure(name, content, inputs, expected, model.threshold)
     distance = max(parity[name]["largest_difference"].values())
     # Also when it is not a number.
     if name not in INT8 and not distance <= TOLERANCE:
@@ -162,9 +167,8 @@ def export(
       make_card(model, {"weights.safetensors": size}, parity), encoding="utf-8"
     )
     checkpoint.write_json(folder / "PARITY.json", record)
-    for stale in ("PARITY.json", "SCORES.json", *INT8, *INT8.values()):
+    for stale in _REPLACED:
       (out / stale).unlink(missing_ok=True)
-    (out / "model.stablehlo").unlink(missing_ok=True)
     for path in sorted(folder.iterdir(), key=lambda p: p.name == "PARITY.json"):
       path.replace(out / path.name)
   return record
@@ -201,6 +205,7 @@ def _measure(
   content: bytes,
   inputs: Mapping[str, np.ndarray],
   expected: Mapping[str, np.ndarray],
+  threshold: float,
 ) -> dict[str, Any]:
   """Returns the entry of a form in PARITY.json."""
   run, _, _ = artefacts.open_content(name, content, threads=1)
@@ -213,7 +218,8 @@ def _measure(
     },
   }
   if name in INT8:
-    changed = (answers["golden"] > 0.5) != (expected["golden"] > 0.5)
+    before, after = (x["golden"] > threshold for x in (expected, answers))
+    changed = before != after
     entry["changed_pixels"] = float(np.mean(changed))
   one = inputs["golden"][:1]
   run(one)

@@ -75,8 +75,11 @@ def test_forms_can_be_left_out_and_old_ones_do_not_stay(model, tmp_path):
   export.export(model, tmp_path, forms=["litert", "stablehlo"])
   left = {path.name for path in tmp_path.iterdir()}
   assert left == FILES - {"model.onnx", "model.int8.onnx"}
+  for name in ("SCORES.json", "SCORES.md", "scores.csv"):
+    (tmp_path / name).write_text("of the forms before")
   export.export(model, tmp_path, forms=["stablehlo"])
-  assert "model.tflite" not in {path.name for path in tmp_path.iterdir()}
+  left = {path.name for path in tmp_path.iterdir()}
+  assert left == FILES - {"model.onnx", "model.tflite", *export.INT8}
 
 
 def test_an_unknown_form_is_named(model, tmp_path):
