@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import onnxruntime
 import pytest
+from tiny_graph import conv
+from tiny_graph import draw
 
 from kdseg import networks
 from kdseg.deploy import onnx_graph
@@ -33,22 +35,11 @@ def kinds(model):
   return collections.Counter(node.op_type for node in model.graph.node)
 
 
-def draw(*shape, seed=0):
-  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
 def assert_same(function, *, batch=3, shape=(8, 8, 4), atol=1e-5):
   x = draw(batch, *shape)
   model = make_model(function, shape)
   np.testing.assert_allclose(run(model, x), function(x), atol=atol)
   return model
-
-
-def conv(x, kernel, **options):
-  options = {"window_strides": (1, 1), "padding": "SAME"} | options
-  return jax.lax.conv_general_dilated(
-    x, kernel, dimension_numbers=("NHWC", "HWIO", "NHWC"), **options
-  )
 
 
 @pytest.mark.parametrize(
