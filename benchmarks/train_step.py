@@ -279,7 +279,7 @@ def check_agreement(name: str, way: str, ours: np.ndarray, theirs: Any) -> None:
   Raises:
     RuntimeError: if they are not the same network, and no comparison is fair.
   """
-  scale = max(1.0, float(np.std(ours)))
+  scale = max(1.0, float(np.sqrt(np.mean(np.square(ours)))))
   off = float(np.max(np.abs(ours - theirs)))
   # Not `off > ...`, which is false of a number that is none.
   if not off <= 2e-3 * scale:

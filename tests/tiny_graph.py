@@ -1,7 +1,11 @@
 """What the tests of every writer of graphs draw and compute."""
 
+from flax import linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
+
+from kdseg.networks import layers
 
 
 def draw(*shape, seed=0):
@@ -13,3 +17,43 @@ def conv(x, kernel, **options):
   return jax.lax.conv_general_dilated(
     x, kernel, dimension_numbers=("NHWC", "HWIO", "NHWC"), **options
   )
+
+
+def attention(x):
+  """Two heads of two channels over the 64 cells of [B, 8, 8, 4]."""
+  x = x.reshape(-1, 64, 2, 2)
+  shares = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", x, 0.5 * x))
+  return jnp.einsum("bhqk,bkhd->bqhd", shares, x)
+
+
+# What teachers are made of and students are not, of [B, 8, 8, 4].
+OPERATIONS_OF_TEACHERS = {
+  "weights behind": lambda x: jnp.einsum("bhwc,cd->bhwd", x, draw(4, 5)),
+  "weights turned": lambda x: jnp.einsum("bhwc,dc->bhwd", x, draw(5, 4)),
+  "weights before": lambda x: jnp.einsum("ih,bhwc->biwc", draw(3, 8), x),
+  "weights of two axes": lambda x: jnp.einsum(
+    "ijhw,bhwc->bijc", draw(3, 5, 8, 8), x
+  ),
+  "rows and columns": lambda x: jnp.einsum(
+    "ih,jw,bhwc->bijc", draw(3, 8), draw(5, 8), x
+  ),
+  "attention": attention,
+  "layer norm": lambda x: nn.LayerNorm().apply(
+    {"params": {"scale": draw(4), "bias": draw(4, seed=1)}}, x
+  ),
+  "gelu": lambda x: layers.exact_gelu(3.0 * x),
+  "enlarged": lambda x: layers.resize_bilinear(x, 18, 11),
+  "made smaller": lambda x: layers.resize_bilinear(x, 5, 3),
+  "repeated": lambda x: jnp.concatenate(
+    [x, jnp.broadcast_to(jnp.mean(x, (1, 2), keepdims=True), x.shape)], -1
+  ),
+  "repeated twice": lambda x: (
+    jnp.broadcast_to(jnp.sum(x, 1, keepdims=True), x.shape)
+    + jnp.broadcast_to(jnp.sum(x, 2, keepdims=True), x.shape)
+  ),
+  "cut": lambda x: x[:, 1:, :3, 1],
+  "padded rows": lambda x: jnp.pad(x[..., 0], ((0, 0), (1, 0), (0, 0))),
+  "largest": lambda x: jnp.max(x, (1, 3)),
+  "stopped": lambda x: jax.lax.stop_gradient(jnp.square(x)) + jnp.exp(x),
+  "root": lambda x: jax.lax.rsqrt(1.0 + jnp.square(x)),
+}

@@ -95,6 +95,26 @@ def run_onnx(content: bytes, threads: int) -> tuple[Run, int, dict[str, Any]]:
   Raises:
     ImportError: without ONNX Runtime.
   """
+  session = open_onnx(content, threads)
+  [given] = session.get_inputs()
+  about = session.get_modelmeta().custom_metadata_map
+  return (
+    lambda batch: session.run([OUTPUT], {given.name: batch})[0],
+    int(given.shape[1]),
+    dict(about),
+  )
+
+
+def open_onnx(content: bytes, threads: int) -> Any:
+  """Returns a session of ONNX Runtime on the CPU.
+
+  Args:
+    content: of the file.
+    threads: 0 for the runtime's own choice.
+
+  Raises:
+    ImportError: without ONNX Runtime.
+  """
   try:
     import onnxruntime
   except ModuleNotFoundError as error:
@@ -103,15 +123,8 @@ def run_onnx(content: bytes, threads: int) -> tuple[Run, int, dict[str, Any]]:
     ) from error
   options = onnxruntime.SessionOptions()
   options.intra_op_num_threads = threads
-  session = onnxruntime.InferenceSession(
+  return onnxruntime.InferenceSession(
     content, options, providers=["CPUExecutionProvider"]
-  )
-  [given] = session.get_inputs()
-  about = session.get_modelmeta().custom_metadata_map
-  return (
-    lambda batch: session.run([OUTPUT], {given.name: batch})[0],
-    int(given.shape[1]),
-    dict(about),
   )
 
 

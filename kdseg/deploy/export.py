@@ -67,6 +67,13 @@ _REPLACED = (
   "PARITY.json", "SCORES.json", "SCORES.md", "scores.csv", "model.stablehlo",
   *INT8, *INT8.values(),
 )  # fmt: skip
+# By the name of the data set, as a card states them.
+TERMS = {
+  "isic2016": "ISIC-2016 part 1 (Gutman et al. 2016), CC0",
+  "ph2": "PH2 (Mendonca et al. 2013), for research and benchmarking only",
+  "synthetic": "drawn lesions, made by this package",
+  "folder": "pictures of its maker's own, under terms of their own",
+}
 _GOLDEN = 4
 _RANDOM = 4
 _TIMED = 30
@@ -127,7 +134,7 @@ def export(
   choices.check_known("form", forms, FORMS)
   inputs = make_inputs(model.size)
   expected = {name: model.probabilities(x) for name, x in inputs.items()}
-  contents = _make_forms(
+  contents = make_forms(
     model, forms, inputs["golden"] if calibration is None else calibration
   )
   parity: dict[str, Any] = {}
@@ -174,16 +181,34 @@ def export(
   return record
 
 
-def _make_forms(
-  model: models.Model, forms: Sequence[str], calibration: np.ndarray
+def make_forms(
+  model: models.Model,
+  forms: Sequence[str],
+  calibration: np.ndarray,
+  *,
+  int8: bool = True,
 ) -> dict[str, bytes]:
-  """Returns the files of the forms, by name."""
+  """Returns the files of the forms by name, not checked.
+
+  Args:
+    model: the network.
+    forms: of `FORMS`.
+    calibration: see `export`.
+    int8: whether those with weights of 8 bits are among them.
+
+  Raises:
+    ImportError: if a converter is not installed; names the extra.
+    UnsupportedError: if the network has an operation that a form lacks.
+  """
   function = make_function(model)
   contents = {}
   if "onnx" in forms:
     content = _make_onnx(model, function)
     contents["model.onnx"] = content
-    contents["model.int8.onnx"] = quantized.quantize_onnx(content, calibration)
+    if int8:
+      contents["model.int8.onnx"] = quantized.quantize_onnx(
+        content, calibration
+      )
   if "litert" in forms:
     content = litert_graph.export(
       function,
@@ -194,7 +219,8 @@ def _make_forms(
       description=json.dumps(describe_input(model)),
     )
     contents["model.tflite"] = content
-    contents["model.int8.tflite"] = quantized.quantize_litert(content)
+    if int8:
+      contents["model.int8.tflite"] = quantized.quantize_litert(content)
   if "stablehlo" in forms:
     contents["model.stablehlo"] = _make_stablehlo(model, function)
   return contents
@@ -317,7 +343,7 @@ def make_card(
     "",
     "Marks the skin lesion on a dermoscopic image, pixel by pixel. **Research "
     "software, not a medical device**: no diagnosis, and no decision about a "
-    "person, may rest on it.",
+    "person, may rest on it. Made for comparing methods and for building on.",
     "",
     "| | |",
     "|---|---|",
@@ -325,7 +351,7 @@ def make_card(
     f"| parameters | {count:,} |",
     f"| multiply-accumulates | {macs / 1e6:.1f} M an image of {model.size} x "
     f"{model.size} |",
-    f"| trained on | {about.get('trained_on', 'not stated')} |",
+    f"| trained on | {_trained_on(about)} |",
     f"| seed | {about.get('seed', 'not stated')} |",
     f"| validation Dice | {_rounded(about.get('validation_dice'))} |",
     f"| threshold | {model.threshold} |",
@@ -335,6 +361,12 @@ def make_card(
     for key in ("scores", "protocol")
     if about.get(key)
   ]
+  if about.get("scores"):
+    lines += [
+      "",
+      "Scores are means over images, in brackets their 95 % intervals (Student's "
+      "t over images: of this one network, not of others trained alike).",
+    ]
   lines += [
     "",
     "| file | bytes | largest difference from JAX | ms, one thread |",
@@ -365,6 +397,11 @@ def make_card(
     "",
   ]
   return "\n".join(lines)
+
+
+def _trained_on(about: Mapping[str, Any]) -> str:
+  name = about.get("trained_on")
+  return TERMS.get(name, name) if name else "not stated"
 
 
 def _rounded(value: Any) -> str:

@@ -2,8 +2,8 @@
 
 Maps stay [B, H, W, C], as in JAX. Only built-in operators; a per-channel scale
 and shift behind a convolution (BatchNorm) go into its weights, a ReLU behind a
-convolution into the operator. A call of `layers.upsample_2x` becomes one
-ResizeBilinear, folds of pixels into channels become SpaceToDepth, and back.
+convolution into the operator. A call of `layers.upsample_2x` or
+`layers.resize_bilinear` becomes one ResizeBilinear, folds of pixels into channels become SpaceToDepth, and back.
 
 Google's converter is not used, as its package cannot be installed beside chex
 (litert-converter 0.5 pins xdsl 0.28, which wants typing-extensions below 4.13).
@@ -44,6 +44,7 @@ class _Value:
       must give.
     summed: the value whose sides this one sums up, and how many cells they
       have.
+    narrow: the value that this one repeats along its sides of 1.
   """
 
   index: int
@@ -52,6 +53,7 @@ class _Value:
   reshaped: "_Value | None" = None
   folded: "tuple[_Value, tuple[int, ...]] | None" = None
   summed: "tuple[_Value, int] | None" = None
+  narrow: "_Value | None" = None
 
 
 _Operand = _Value | np.ndarray
@@ -220,6 +222,11 @@ class _Writer(program_lib.Walker):
   def _binary(
     self, kind: str, options: str, operands: list[_Operand], out: Any
   ) -> _Value:
+    # The operator repeats a side of 1 by itself; not where both have one.
+    if (
+      sum(isinstance(x, _Value) and x.narrow is not None for x in operands) < 2
+    ):
+      operands = [getattr(x, "narrow", None) or x for x in operands]
     return self._operator(
       kind,
       [self._index(x) for x in operands],
@@ -315,6 +322,15 @@ class _Writer(program_lib.Walker):
   def _neg(self, operands: list[_Operand], params: Any, out: Any) -> _Value:
     return self._binary("NEG", "NegOptions", operands, out)
 
+  def _exp(self, operands: list[_Operand], params: Any, out: Any) -> _Value:
+    return self._binary("EXP", "ExpOptions", operands, out)
+
+  def _square(self, operands: list[_Operand], params: Any, out: Any) -> _Value:
+    return self._binary("MUL", "MulOptions", [operands[0], operands[0]], out)
+
+  def _rsqrt(self, operands: list[_Operand], params: Any, out: Any) -> _Value:
+    return self._binary("RSQRT", "", operands, out)
+
   def _convert_element_type(
     self, operands: list[_Operand], params: Any, out: Any
   ) -> _Value:
@@ -363,16 +379,56 @@ class _Writer(program_lib.Walker):
   def _broadcast_in_dim(
     self, operands: list[_Operand], params: Any, out: Any
   ) -> _Value:
-    x = operands[0]
-    if int(np.prod(x.shape)) != int(np.prod(out.shape)):
+    narrow = [1] * len(out.shape)
+    for axis, side in zip(params["broadcast_dimensions"], operands[0].shape):
+      narrow[axis] = side
+    x = self._in_shape(operands[0], narrow)
+    if tuple(narrow) == tuple(out.shape):
+      return x
+    if narrow[0] != out.shape[0] or BATCH in out.shape[1:]:
       raise UnsupportedError(f"broadcasting {x.shape} to {out.shape}")
-    return self._reshape(operands, params, out)
+    # BroadcastTo would have to know the batch.
+    zeros = self._weight(np.zeros((1, *out.shape[1:]), np.float32))
+    made = self._operator(
+      "ADD", [self._index(x), zeros], out, self._options("AddOptions")
+    )
+    made.narrow = x
+    return made
+
+  def _in_shape(self, x: _Value, shape: Sequence[int]) -> _Value:
+    """See the base class."""
+    if tuple(x.shape) == tuple(shape):
+      return x
+    out = jax.ShapeDtypeStruct(tuple(shape), np.float32)
+    return self._reshape([x], {}, out)
+
+  def _slice(self, operands: list[_Operand], params: Any, out: Any) -> _Value:
+    [x] = operands
+    if out.shape[0] != x.shape[0] or set(params["strides"] or (1,)) != {1}:
+      raise UnsupportedError(f"cutting {out.shape} out of {x.shape}")
+    # -1: all that is left, as the batch is not known.
+    sizes = [
+      -1 if side == x.shape[a] else side for a, side in enumerate(out.shape)
+    ]
+    names = [self._index(x)] + [
+      self._weight(np.array(numbers, np.int32))
+      for numbers in (params["start_indices"], sizes)
+    ]
+    return self._operator("SLICE", names, out, self._options("SliceOptions"))
 
   def _transpose(
     self, operands: list[_Operand], params: Any, out: Any
   ) -> _Value:
-    [x] = operands
-    permutation = tuple(int(axis) for axis in params["permutation"])
+    return self._permute(operands[0], params["permutation"])
+
+  def _permute(self, x: _Value, axes: Sequence[int]) -> _Value:
+    """See the base class."""
+    permutation = tuple(int(axis) for axis in axes)
+    if permutation == tuple(range(len(permutation))):
+      return x
+    out = jax.ShapeDtypeStruct(
+      tuple(x.shape[axis] for axis in permutation), np.float32
+    )
     made = self._operator(
       "TRANSPOSE",
       [self._index(x), self._weight(np.array(permutation, np.int32))],
@@ -427,6 +483,32 @@ class _Writer(program_lib.Walker):
     if axes == (1, 2) and len(x.shape) == 4:
       made.summed = (x, x.shape[1] * x.shape[2])
     return made
+
+  def _reduce_max(
+    self, operands: list[_Operand], params: Any, out: Any
+  ) -> _Value:
+    axes = self._weight(np.array(params["axes"], np.int32))
+    return self._operator(
+      "REDUCE_MAX",
+      [self._index(operands[0]), axes],
+      out,
+      self._options("ReducerOptions", keepDims=False),
+    )
+
+  def _matmul(self, x: _Value, y: _Operand) -> _Value:
+    """See the base class."""
+    out = jax.ShapeDtypeStruct((*x.shape[:-1], y.shape[-1]), np.float32)
+    if isinstance(y, np.ndarray):
+      # Its weights are [to, from]; without bias.
+      names = [self._index(x), self._weight(y.T.astype(np.float32))]
+      options = self._options("FullyConnectedOptions", keepNumDims=True)
+      return self._operator("FULLY_CONNECTED", names, out, options)
+    return self._operator(
+      "BATCH_MATMUL",
+      [self._index(x), self._index(y)],
+      out,
+      self._options("BatchMatMulOptions"),
+    )
 
   def _windows(
     self,
@@ -538,10 +620,16 @@ class _Writer(program_lib.Walker):
     count = np.float32(np.prod(params["window_dimensions"]))
     return self._binary("MUL", "MulOptions", [mean, np.asarray(count)], out)
 
-  def _upsample(self, x: _Operand, shape: tuple[int, ...]) -> _Value:
-    size = self._weight(np.array(shape[1:3], np.int32))
+  def _call_exact_gelu(self, x: _Value, out: Any) -> _Value:
+    # LiteRT has no error function to build it from.
+    return self._binary("GELU", "GeluOptions", [x], out)
+
+  def _call_upsample_2x(self, x: _Value, out: Any) -> _Value:
+    return self._call_resize_bilinear(x, out)
+
+  def _call_resize_bilinear(self, x: _Value, out: Any) -> _Value:
+    size = self._weight(np.array(out.shape[1:3], np.int32))
     options = self._options("ResizeBilinearOptions", halfPixelCenters=True)
-    out = jax.ShapeDtypeStruct(tuple(shape), np.float32)
     return self._operator(
       "RESIZE_BILINEAR", [self._index(x), size], out, options
     )

@@ -5,7 +5,7 @@ kept in the order in which they were made and turned where an operator needs
 the other, so that a chain of convolutions, norms and activations has no turn
 in it. What depends on weights alone is computed here; a per-channel scale and
 shift behind a convolution (BatchNorm) go into its weights. A call of
-`layers.upsample_2x` becomes one Resize.
+`layers.upsample_2x` or `layers.resize_bilinear` becomes one Resize.
 """
 
 from collections.abc import Callable
@@ -36,12 +36,14 @@ class _Value:
     shape: as JAX has it.
     channels_first: whether it is kept as [B, C, H, W].
     convolution: index of the node that made it, while no other reads it.
+    narrow: the value that this one repeats along its sides of 1.
   """
 
   name: str
   shape: tuple[int, ...]
   channels_first: bool = False
   convolution: int | None = None
+  narrow: "_Value | None" = None
 
 
 _Operand = _Value | np.ndarray
@@ -148,13 +150,18 @@ class _Writer(program_lib.Walker):
     return name
 
   def finish(self, out: _Value, name: str) -> None:
-    """Names the output, and writes down the weights that are read."""
+    """Names the output, and drops what it does not depend on."""
     self.nodes.append(
       self.onnx.helper.make_node(
         "Identity", [self._plain(out)], [name], "output"
       )
     )
-    read = {name for node in self.nodes for name in node.input}
+    read, kept = {name}, []
+    for node in reversed(self.nodes):
+      if read.intersection(node.output):
+        read.update(node.input)
+        kept.append(node)
+    self.nodes = kept[::-1]
     self.initializers = [
       self.onnx.numpy_helper.from_array(array, name)
       for name, array in self._weights.items()
@@ -187,6 +194,11 @@ class _Writer(program_lib.Walker):
     folded = self._fold(kind, operands, out)
     if folded is not None:
       return folded
+    # The operator repeats a side of 1 by itself; not where both have one.
+    if (
+      sum(isinstance(x, _Value) and x.narrow is not None for x in operands) < 2
+    ):
+      operands = [getattr(x, "narrow", None) or x for x in operands]
     first = any(
       isinstance(x, _Value) and x.channels_first and len(x.shape) == 4
       for x in operands
@@ -266,6 +278,19 @@ class _Writer(program_lib.Walker):
   def _neg(self, operands: list[_Operand], params: Any, out: Any) -> _Value:
     return self._unary("Neg", operands, out)
 
+  def _exp(self, operands: list[_Operand], params: Any, out: Any) -> _Value:
+    return self._unary("Exp", operands, out)
+
+  def _square(self, operands: list[_Operand], params: Any, out: Any) -> _Value:
+    return self._binary("Mul", [operands[0], operands[0]], out)
+
+  def _rsqrt(self, operands: list[_Operand], params: Any, out: Any) -> _Value:
+    return self._unary("Reciprocal", [self._unary("Sqrt", operands, out)], out)
+
+  def _erfc(self, operands: list[_Operand], params: Any, out: Any) -> _Value:
+    erf = self._unary("Erf", operands, out)
+    return self._binary("Sub", [np.ones((), np.float32), erf], out)
+
   def _convert_element_type(
     self, operands: list[_Operand], params: Any, out: Any
   ) -> _Value:
@@ -292,17 +317,54 @@ class _Writer(program_lib.Walker):
   def _broadcast_in_dim(
     self, operands: list[_Operand], params: Any, out: Any
   ) -> _Value:
-    x = operands[0]
-    if int(np.prod(x.shape)) != int(np.prod(out.shape)):
+    narrow = [1] * len(out.shape)
+    for axis, side in zip(params["broadcast_dimensions"], operands[0].shape):
+      narrow[axis] = side
+    x = self._in_shape(operands[0], narrow)
+    if tuple(narrow) == tuple(out.shape):
+      return x
+    if narrow[0] != out.shape[0] or BATCH in out.shape[1:]:
       raise UnsupportedError(f"broadcasting {x.shape} to {out.shape}")
-    return self._reshape(operands, params, out)
+    # 1 keeps a side.
+    shape = np.array([1, *out.shape[1:]], np.int64)
+    name = self._node("Expand", [self._plain(x), self._weight(shape, "shape")])
+    return _Value(name, out.shape, narrow=x)
 
   def _transpose(
     self, operands: list[_Operand], params: Any, out: Any
   ) -> _Value:
-    permutation = [int(axis) for axis in params["permutation"]]
-    name = self._node("Transpose", [self._plain(operands[0])], perm=permutation)
-    return _Value(name, out.shape)
+    return self._permute(operands[0], params["permutation"])
+
+  def _permute(self, x: _Value, axes: Sequence[int]) -> _Value:
+    """See the base class."""
+    axes = [int(axis) for axis in axes]
+    if axes == sorted(axes):
+      return x
+    name = self._node("Transpose", [self._plain(x)], perm=axes)
+    return _Value(name, tuple(x.shape[axis] for axis in axes))
+
+  def _in_shape(self, x: _Value, shape: Sequence[int]) -> _Value:
+    """See the base class."""
+    if tuple(x.shape) == tuple(shape):
+      return x
+    out = jax.ShapeDtypeStruct(tuple(shape), np.float32)
+    return self._reshape([x], {}, out)
+
+  def _slice(self, operands: list[_Operand], params: Any, out: Any) -> _Value:
+    [x] = operands
+    axes = [a for a, side in enumerate(out.shape) if side != x.shape[a]]
+    if 0 in axes:
+      raise UnsupportedError("cutting the batch")
+    strides = params["strides"] or (1,) * len(out.shape)
+    numbers = (
+      [int(of[axis]) for axis in axes]
+      for of in (params["start_indices"], params["limit_indices"])
+    )
+    names = [
+      self._weight(np.array(n, np.int64), "cut")
+      for n in (*numbers, axes, [int(strides[axis]) for axis in axes])
+    ]
+    return _Value(self._node("Slice", [self._plain(x), *names]), out.shape)
 
   def _concatenate(
     self, operands: list[_Operand], params: Any, out: Any
@@ -319,30 +381,44 @@ class _Writer(program_lib.Walker):
   def _pad(self, operands: list[_Operand], params: Any, out: Any) -> _Value:
     x, value = operands
     config = params["padding_config"]
-    if len(out.shape) != 4 or not isinstance(x, _Value):
+    if not isinstance(x, _Value):
       raise UnsupportedError(f"padding of {out.shape}")
     if any(low < 0 or high < 0 or inside for low, high, inside in config):
       raise UnsupportedError(f"padding by {config}")
-    if not x.channels_first:
-      x = _Value(self._first(x), x.shape, True)
-    config = [config[axis] for axis in _TO_NCHW]
+    first = len(out.shape) == 4
+    if first:
+      config = [config[axis] for axis in _TO_NCHW]
     sides = [low for low, _, _ in config] + [high for _, high, _ in config]
     names = [
-      self._first(x),
+      self._first(x) if first else self._plain(x),
       self._weight(np.array(sides, np.int64), "pads"),
       self._weight(np.asarray(value, np.float32), "value"),
     ]
-    return _Value(self._node("Pad", names), out.shape, True)
+    return _Value(self._node("Pad", names), out.shape, first)
 
   # --------------------------------------------------------------- over maps
 
   def _reduce_sum(
     self, operands: list[_Operand], params: Any, out: Any
   ) -> _Value:
-    [x] = operands
+    return self._reduce("ReduceSum", operands, params, out)
+
+  def _reduce_max(
+    self, operands: list[_Operand], params: Any, out: Any
+  ) -> _Value:
+    return self._reduce("ReduceMax", operands, params, out)
+
+  def _reduce(
+    self, kind: str, operands: list[_Operand], params: Any, out: Any
+  ) -> _Value:
     axes = np.array(params["axes"], np.int64)
-    names = [self._plain(x), self._weight(axes, "axes")]
-    return _Value(self._node("ReduceSum", names, keepdims=0), out.shape)
+    names = [self._plain(operands[0]), self._weight(axes, "axes")]
+    return _Value(self._node(kind, names, keepdims=0), out.shape)
+
+  def _matmul(self, x: _Value, y: _Operand) -> _Value:
+    """See the base class."""
+    name = self._node("MatMul", [self._plain(x), self._plain(y)])
+    return _Value(name, (*x.shape[:-1], y.shape[-1]))
 
   def _conv_general_dilated(
     self, operands: list[_Operand], params: Any, out: Any
@@ -397,11 +473,24 @@ class _Writer(program_lib.Walker):
     count = np.float32(np.prod(params["window_dimensions"]))
     return self._binary("Mul", [mean, np.asarray(count)], out)
 
-  def _upsample(self, x: _Operand, shape: tuple[int, ...]) -> _Value:
+  def _call_upsample_2x(self, x: _Value, out: Any) -> _Value:
     scales = np.array([1, 1, 2, 2], np.float32)
+    return self._resize(x, out.shape, ["", self._weight(scales, "scales")])
+
+  def _call_resize_bilinear(self, x: _Value, out: Any) -> _Value:
+    _, height, width, channels = out.shape
+    # Sizes, as ONNX would round a scale; the batch is put in as it comes.
+    sizes = self._weight(np.array([channels, height, width], np.int64), "sizes")
+    shape = self._node("Shape", [self._first(x)], start=0, end=1)
+    sizes = self._node("Concat", [shape, sizes], axis=0)
+    return self._resize(x, out.shape, ["", "", sizes])
+
+  def _resize(
+    self, x: _Value, shape: tuple[int, ...], inputs: list[str]
+  ) -> _Value:
     name = self._node(
       "Resize",
-      [self._first(x), "", self._weight(scales, "scales")],
+      [self._first(x), *inputs],
       mode="linear",
       coordinate_transformation_mode="half_pixel",
     )

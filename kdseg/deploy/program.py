@@ -28,7 +28,7 @@ _ELEMENTWISE = frozenset(
   {
     "add", "sub", "mul", "div", "max", "min", "neg", "rsqrt", "sqrt", "exp",
     "log", "logistic", "tanh", "ge", "gt", "le", "lt", "select_n",
-    "convert_element_type", "integer_pow", "stop_gradient",
+    "convert_element_type", "integer_pow", "stop_gradient", "square",
   }
 )  # fmt: skip
 TO_NCHW = (0, 3, 1, 2)
@@ -118,7 +118,9 @@ class Walker:
   It is called with (operands, parameters, abstract result) and returns the
   result; operands are the subclass's values, or arrays where constant. Values
   have a `shape`, and `convolution`, set while a convolution's result has no
-  other reader, so that a norm behind it may change its weights.
+  other reader, so that a norm behind it may change its weights. A call of a
+  function NAME of `layers` is written as a whole where there is a method
+  `_call_NAME`, called with (operand, abstract result).
   """
 
   # What messages call the format.
@@ -160,8 +162,9 @@ class Walker:
     out = [variable.aval for variable in equation.outvars]
     inner = params.get("jaxpr", params.get("call_jaxpr"))
     if name in _CALLS and inner is not None:
-      if params.get("name") == "upsample_2x":
-        return [self._upsample(operands[0], out[0].shape)]
+      whole = getattr(self, f"_call_{params.get('name')}", None)
+      if whole is not None and not isinstance(operands[0], np.ndarray):
+        return [whole(operands[0], out[0])]
       if not hasattr(inner, "consts"):
         return self.run(inner, (), operands)
       return self.run(inner.jaxpr, inner.consts, operands)
@@ -193,5 +196,69 @@ class Walker:
       equation.primitive.bind(*map(np.asarray, operands), **equation.params)
     )
 
-  def _upsample(self, x: Any, shape: tuple[int, ...]) -> Any:
+  def _permute(self, x: Any, axes: Sequence[int]) -> Any:
+    """Returns a value with its axes in that order."""
     raise NotImplementedError
+
+  def _in_shape(self, x: Any, shape: Sequence[int]) -> Any:
+    """Returns a value in another shape, the batch still its first axis."""
+    raise NotImplementedError
+
+  def _matmul(self, x: Any, y: Any) -> Any:
+    """Returns x @ y, y a matrix of weights or a value of as many axes."""
+    raise NotImplementedError
+
+  def _keep(self, operands: list[Any], params: Any, out: Any) -> Any:
+    [x] = operands
+    x.convolution = None
+    return x
+
+  _copy = _stop_gradient = _keep
+
+  def _dot_general(self, operands: list[Any], params: Any, out: Any) -> Any:
+    (left, right), (left_batch, right_batch) = params["dimension_numbers"]
+    x, y = operands
+    if isinstance(y, np.ndarray):
+      return self._times_weights(x, left, y, right, left_batch)
+    if isinstance(x, np.ndarray):
+      product = self._times_weights(y, right, x, left, left_batch)
+      front = x.ndim - len(left)
+      axes = range(len(product.shape))
+      turned = [*axes[len(axes) - front :], *axes[: len(axes) - front]]
+      return self._permute(product, turned)
+    free = [
+      [a for a in range(len(value.shape)) if a not in (*batch, *summed)]
+      for value, batch, summed in (
+        (x, left_batch, left),
+        (y, right_batch, right),
+      )
+    ]
+    if [len(axes) for axes in (*free, left)] != [1, 1, 1]:
+      raise UnsupportedError(f"a product of {x.shape} and {y.shape}")
+    x = self._permute(x, [*left_batch, *free[0], *left])
+    y = self._permute(y, [*right_batch, *right, *free[1]])
+    return self._matmul(x, y)
+
+  def _times_weights(
+    self,
+    x: Any,
+    summed: Sequence[int],
+    weights: np.ndarray,
+    axes: Sequence[int],
+    batch: Sequence[int],
+  ) -> Any:
+    """Returns x times weights: its free axes, then the weights' free axes."""
+    if batch:
+      raise UnsupportedError("a product with weights of each image's own")
+    free = [a for a in range(len(x.shape)) if a not in summed]
+    kept = [a for a in range(weights.ndim) if a not in axes]
+    count = int(np.prod([x.shape[a] for a in summed]))
+    matrix = weights.transpose(*axes, *kept).reshape(count, -1)
+    x = self._permute(x, [*free, *summed])
+    if len(summed) != 1:
+      x = self._in_shape(x, (*x.shape[: len(free)], count))
+    product = self._matmul(x, matrix)
+    if len(kept) != 1:
+      rest = [weights.shape[a] for a in kept]
+      product = self._in_shape(product, (*product.shape[:-1], *rest))
+    return product

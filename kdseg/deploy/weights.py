@@ -19,6 +19,7 @@ import safetensors
 import safetensors.numpy
 
 from kdseg import checkpoint
+from kdseg import statistics
 from kdseg.report import scores
 
 Tree = Any
@@ -195,8 +196,8 @@ def _scored(workdir: pathlib.Path, arm: str, seed: int) -> dict[str, str]:
   if path.exists():
     whole, _ = scores.recover(path)
     found = [
-      f"{dataset}: Dice {np.mean([row['dice'] for row in rows]):.4f}, Jaccard "
-      f"{np.mean([row['jaccard'] for row in rows]):.4f} (n = {len(rows)})"
+      f"{dataset}: Dice {_interval(rows, 'dice')}, Jaccard "
+      f"{_interval(rows, 'jaccard')} (n = {len(rows)})"
       for (name, number, dataset), rows in scores.groups(whole).items()
       if (name, number) == (arm, seed)
     ]
@@ -217,6 +218,16 @@ def _scored(workdir: pathlib.Path, arm: str, seed: int) -> dict[str, str]:
       f"{protocol.get('checkpoint')}"
     )
   return about
+
+
+def _interval(rows: list[scores.Row], metric: str) -> str:
+  """Returns a mean and its 95 % interval over images."""
+  found = statistics.interval_of_mean(
+    [row[metric] for row in rows], over="images"
+  )
+  if np.isnan(found.low):
+    return f"{found.value:.4f}"
+  return f"{found.value:.4f} [{found.low:.4f}, {found.high:.4f}]"
 
 
 def main(arguments: list[str] | None = None) -> None:

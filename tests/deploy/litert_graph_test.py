@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_graph import OPERATIONS_OF_TEACHERS
 from tiny_graph import conv
 from tiny_graph import draw
 
 from kdseg import networks
 from kdseg.deploy import litert_graph
 from kdseg.networks import layers
+from kdseg.networks.encoders import vit
 
 SIDE = 32
 
@@ -170,19 +172,15 @@ def test_what_the_format_has_an_operator_for_is_one_operator(function, kind):
   assert kinds(make_model(function)) == {kind: 1}
 
 
-@pytest.mark.parametrize(
-  "name", ["patch_unet_50k", "patch_unet_12k", "enet", "lite_unet"]
-)
-def test_every_student_computes_the_same(name):
-  network = networks.make_network(name)
-  variables = networks.make_variables(
-    network, jax.random.key(0), size=SIDE, weights=False
-  )
+def assert_network_same(network, answer=lambda out: out["logits"]):
+  """A network with drawn weights, uint8 in."""
+  image = jnp.zeros((1, SIDE, SIDE, 3))
+  variables = jax.jit(network.init)(jax.random.key(0), image)
 
   @jax.jit
   def function(image):
     image = image.astype(np.float32) / 255.0
-    return network.apply(variables, image, train=False)["logits"]
+    return answer(network.apply(variables, image))
 
   x = np.random.default_rng(0).integers(0, 256, (2, SIDE, SIDE, 3), np.uint8)
   model = make_model(function, (SIDE, SIDE, 3), np.uint8)
@@ -190,6 +188,30 @@ def test_every_student_computes_the_same(name):
   scale = np.abs(expected).max()
   np.testing.assert_allclose(run(model, x), expected, atol=1e-5 * scale)
   assert not {"CUSTOM", "DELEGATE"} & set(kinds(model))
+
+
+@pytest.mark.parametrize(
+  "name", ["patch_unet_50k", "patch_unet_12k", "enet", "lite_unet"]
+)
+def test_every_student_computes_the_same(name):
+  assert_network_same(networks.make_network(name))
+
+
+@pytest.mark.parametrize("name", list(OPERATIONS_OF_TEACHERS))
+def test_operations_of_teachers_are_those_of_jax(name):
+  assert_same(OPERATIONS_OF_TEACHERS[name], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["deeplab", "pspnet"])
+def test_every_convolutional_teacher_computes_the_same(name):
+  assert_network_same(networks.make_network(name, encoder_variant="lite0"))
+
+
+def test_a_transformer_computes_the_same():
+  network = vit.ViT(
+    side=28, depth=2, width=8, heads=2, taps=(1, 2), trained_from=1
+  )
+  assert_network_same(network, answer=lambda grids: jnp.concatenate(grids, -1))
 
 
 def test_its_batch_is_one_until_it_is_resized():

@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import onnxruntime
 import pytest
+from tiny_graph import OPERATIONS_OF_TEACHERS
 from tiny_graph import conv
 from tiny_graph import draw
 
 from kdseg import networks
 from kdseg.deploy import onnx_graph
 from kdseg.networks import layers
+from kdseg.networks.encoders import vit
 
 SIDE = 32
 
@@ -135,11 +137,8 @@ def test_operations_are_those_of_jax(function):
   assert_same(function)
 
 
-@pytest.mark.parametrize(
-  "name", ["patch_unet_50k", "patch_unet_12k", "enet", "lite_unet"]
-)
-def test_every_student_computes_the_same(name):
-  network = networks.make_network(name)
+def assert_network_same(network, answer=lambda out: out["logits"]):
+  """A network with drawn weights, norms that do something, uint8 in."""
   image = np.random.default_rng(0).integers(
     0, 256, (2, SIDE, SIDE, 3), np.uint8
   )
@@ -157,8 +156,7 @@ def test_every_student_computes_the_same(name):
   variables = jax.tree_util.tree_map_with_path(fill, shapes)
 
   def function(x):
-    x = x.astype(jnp.float32) / 255.0
-    return network.apply(variables, x, train=False)["logits"]
+    return answer(network.apply(variables, x.astype(jnp.float32) / 255.0))
 
   model = make_model(function, (SIDE, SIDE, 3), np.uint8)
   expected = np.asarray(jax.jit(function)(image))
@@ -170,6 +168,30 @@ def test_every_student_computes_the_same(name):
   assert {node.domain for node in model.graph.node} == {""}
   read = {name for node in model.graph.node for name in node.input}
   assert {tensor.name for tensor in model.graph.initializer} <= read
+
+
+@pytest.mark.parametrize(
+  "name", ["patch_unet_50k", "patch_unet_12k", "enet", "lite_unet"]
+)
+def test_every_student_computes_the_same(name):
+  assert_network_same(networks.make_network(name))
+
+
+@pytest.mark.parametrize("name", list(OPERATIONS_OF_TEACHERS))
+def test_operations_of_teachers_are_those_of_jax(name):
+  assert_same(OPERATIONS_OF_TEACHERS[name], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["deeplab", "pspnet"])
+def test_every_convolutional_teacher_computes_the_same(name):
+  assert_network_same(networks.make_network(name, encoder_variant="lite0"))
+
+
+def test_a_transformer_computes_the_same():
+  network = vit.ViT(
+    side=28, depth=2, width=8, heads=2, taps=(1, 2), trained_from=1
+  )
+  assert_network_same(network, answer=lambda grids: jnp.concatenate(grids, -1))
 
 
 def test_an_operation_without_a_form_is_named():
@@ -184,7 +206,6 @@ def test_an_operation_without_a_form_is_named():
     lambda x: jax.lax.scan(lambda v, _: (v * 2, None), x, length=3)[0],
     lambda x: jnp.concatenate([x, jnp.zeros_like(x)], -1),
     lambda x: x * x.shape[0],
-    lambda x: jnp.pad(x[..., 0], ((0, 0), (1, 0), (0, 0))),
     lambda x: jax.lax.reduce_window(
       x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 1, 1, 1),
       ((0, 0), (1, 1), (1, 1), (0, 0)), window_dilation=(1, 2, 2, 1),

@@ -151,7 +151,11 @@ def test_a_network_carries_its_own_scores(workdir):
     {"train": {"name": "isic2016", "found": 751, "official": 900}},
   )
   _, about = weights.read_arm(workdir, "patch_unet-mbf", 1)
-  assert about["scores"] == "ph2: Dice 0.6250, Jaccard 0.0000 (n = 2)"
+  # t of one degree of freedom, 12.706, times half of the distance.
+  assert about["scores"] == (
+    "ph2: Dice 0.6250 [-0.9633, 2.2133], Jaccard 0.0000 [0.0000, 0.0000] "
+    "(n = 2)"
+  )
   assert "751 of 900 pairs of isic2016" in about["protocol"]
 
 

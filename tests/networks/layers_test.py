@@ -231,7 +231,7 @@ class UpsampleTest(chex.TestCase):
 
   def test_resize_takes_any_size_and_keeps_its_own(self):
     x = normal(2, 6, 4, 3)
-    assert layers.resize_bilinear(x, 6, 4) is x
+    np.testing.assert_array_equal(layers.resize_bilinear(x, 6, 4), x)
     up = layers.resize_bilinear(x, 12, 8)
     np.testing.assert_allclose(up, layers.upsample_2x(x), atol=1e-5)
     # Three from six: each lies between two of them.

@@ -15,6 +15,8 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from kdseg.networks import layers
+
 Array = jax.Array
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -64,7 +66,7 @@ class Block(nn.Module):
     )
     x = x + scale("layer_scale1") * y
     y = nn.Dense(4 * width, dtype=self.dtype, name="fc1")(norm(name="norm2")(x))
-    y = jax.nn.gelu(y, approximate=False)
+    y = layers.exact_gelu(y)
     y = nn.Dense(width, dtype=self.dtype, name="fc2")(y)
     return x + scale("layer_scale2") * y
 
@@ -139,17 +141,17 @@ class ViT(nn.Module):
         f"side must be a multiple of {self.patch}, not {self.side}"
       )
     batch, grid = image.shape[0], self.side // self.patch
-    shape = (batch, self.side, self.side, 3)
-    x = jax.image.resize(image, shape, "bilinear", antialias=False)
+    x = layers.resize_bilinear(image, self.side, self.side)
     x = (x - jnp.array(IMAGENET_MEAN)) / jnp.array(IMAGENET_DEVIATION)
     x = self.patch_embedding(x).reshape(batch, grid * grid, self.width)
     position = jax.image.resize(
       self.position, (1, grid, grid, self.width), "cubic", antialias=False
     ).reshape(1, grid * grid, self.width)
-    first = jnp.broadcast_to(
-      self.class_token + self.class_position, (batch, 1, self.width)
-    )
-    x = jnp.concatenate([first, x + position], axis=1).astype(self.dtype)
+    first = self.class_token + self.class_position
+    # Into an empty place, and not repeated over the batch: exported graphs do
+    # not know its size.
+    x = jnp.pad(x, ((0, 0), (1, 0), (0, 0)))
+    x = (x + jnp.concatenate([first, position], axis=1)).astype(self.dtype)
     return self._run(x, 0, self._split)
 
   def resume(self, tokens: Array, grids: list[Array]) -> list[Array]:
