@@ -12,6 +12,22 @@ def draw(*shape, seed=0):
   return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
+def draw_network(network, side):
+  """Variables of a network, drawn: no norm of it does nothing."""
+  shapes = jax.eval_shape(
+    network.init, jax.random.key(0), jnp.zeros((1, side, side, 3))
+  )
+  generator = np.random.default_rng(1)
+
+  def fill(path, x):
+    if path[-1].key == "kernel":
+      size = np.sqrt(2.0 / np.prod(x.shape[:-1]))
+      return (size * generator.normal(size=x.shape)).astype(np.float32)
+    return generator.uniform(0.5, 1.5, x.shape).astype(np.float32)
+
+  return jax.tree_util.tree_map_with_path(fill, shapes)
+
+
 def conv(x, kernel, **options):
   options = {"window_strides": (1, 1), "padding": "SAME"} | options
   return jax.lax.conv_general_dilated(

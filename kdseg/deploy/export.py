@@ -364,8 +364,9 @@ def make_card(
   if about.get("scores"):
     lines += [
       "",
-      "Scores are means over images, in brackets their 95 % intervals (Student's "
-      "t over images: of this one network, not of others trained alike).",
+      "Scores are means over images, in brackets their 95 % intervals "
+      "(Student's t over images: of this one network, not of others trained "
+      "alike).",
     ]
   lines += [
     "",

@@ -3,7 +3,8 @@
 Maps stay [B, H, W, C], as in JAX. Only built-in operators; a per-channel scale
 and shift behind a convolution (BatchNorm) go into its weights, a ReLU behind a
 convolution into the operator. A call of `layers.upsample_2x` or
-`layers.resize_bilinear` becomes one ResizeBilinear, folds of pixels into channels become SpaceToDepth, and back.
+`layers.resize_bilinear` becomes one ResizeBilinear, folds of pixels into
+channels become SpaceToDepth, and back.
 
 Google's converter is not used, as its package cannot be installed beside chex
 (litert-converter 0.5 pins xdsl 0.28, which wants typing-extensions below 4.13).

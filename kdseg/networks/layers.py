@@ -285,7 +285,7 @@ def resize_bilinear(x: Array, height: int, width: int) -> Array:
 
 @functools.partial(jax.jit, inline=False)
 def exact_gelu(x: Array) -> Array:
-  """x times the normal distribution function of x.
+  """Returns x times the normal distribution function of x.
 
   Its own jitted function, as `upsample_2x`.
   """

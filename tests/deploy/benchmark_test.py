@@ -32,9 +32,9 @@ def make_row(network, median, *, runtime="onnx", threads=1, numbers="fp32"):
 
 
 def test_measures_every_form_of_a_network_in_every_runtime(tmp_path, capsys):
+  options = "--networks patch_unet_12k --peers --threads 1 2 --turns 1"
   code = benchmark.main(
-    ["--out", str(tmp_path), "--networks", "patch_unet_12k", "--peers"]
-    + ["--size", str(SIZE), "--threads", "1", "2", "--turns", "1"]
+    ["--out", str(tmp_path), "--size", str(SIZE), *options.split()]
   )
   assert code == 0
   with (tmp_path / "benchmark.csv").open() as file:

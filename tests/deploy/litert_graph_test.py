@@ -12,6 +12,7 @@ import pytest
 from tiny_graph import OPERATIONS_OF_TEACHERS
 from tiny_graph import conv
 from tiny_graph import draw
+from tiny_graph import draw_network
 
 from kdseg import networks
 from kdseg.deploy import litert_graph
@@ -174,8 +175,7 @@ def test_what_the_format_has_an_operator_for_is_one_operator(function, kind):
 
 def assert_network_same(network, answer=lambda out: out["logits"]):
   """A network with drawn weights, uint8 in."""
-  image = jnp.zeros((1, SIDE, SIDE, 3))
-  variables = jax.jit(network.init)(jax.random.key(0), image)
+  variables = draw_network(network, SIDE)
 
   @jax.jit
   def function(image):

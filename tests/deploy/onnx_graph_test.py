@@ -11,6 +11,7 @@ import pytest
 from tiny_graph import OPERATIONS_OF_TEACHERS
 from tiny_graph import conv
 from tiny_graph import draw
+from tiny_graph import draw_network
 
 from kdseg import networks
 from kdseg.deploy import onnx_graph
@@ -138,22 +139,11 @@ def test_operations_are_those_of_jax(function):
 
 
 def assert_network_same(network, answer=lambda out: out["logits"]):
-  """A network with drawn weights, norms that do something, uint8 in."""
+  """A network with drawn weights, uint8 in."""
   image = np.random.default_rng(0).integers(
     0, 256, (2, SIDE, SIDE, 3), np.uint8
   )
-  shapes = jax.eval_shape(
-    network.init, jax.random.key(0), jnp.zeros((1, SIDE, SIDE, 3))
-  )
-  generator = np.random.default_rng(1)
-
-  def fill(path, x):
-    if path[-1].key == "kernel":
-      size = np.sqrt(2.0 / np.prod(x.shape[:-1]))
-      return (size * generator.normal(size=x.shape)).astype(np.float32)
-    return generator.uniform(0.5, 1.5, x.shape).astype(np.float32)
-
-  variables = jax.tree_util.tree_map_with_path(fill, shapes)
+  variables = draw_network(network, SIDE)
 
   def function(x):
     return answer(network.apply(variables, x.astype(jnp.float32) / 255.0))
