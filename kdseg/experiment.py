@@ -35,6 +35,7 @@ from kdseg import objective
 from kdseg import own as own_lib
 from kdseg import stage
 from kdseg import step as step_lib
+from kdseg import stopping
 from kdseg import train
 from kdseg import workdir as workdir_lib
 from kdseg.data import augment as augment_lib
@@ -112,6 +113,8 @@ def run(
   config: ml_collections.ConfigDict,
   workdir: str | pathlib.Path,
   own: own_lib.Own | None = None,
+  *,
+  stop: stopping.Stop = stopping.never,
 ) -> bool:
   """Runs what is not finished of an experiment.
 
@@ -120,11 +123,13 @@ def run(
     workdir: made if it is missing.
     own: losses, regions and students that the config names and the package
       does not have. A workdir does not know them: give the same ones again.
+    stop: asked now and then whether to save and stop; see `stopping`.
 
   Returns:
     Whether anything was left to do.
 
   Raises:
+    StoppedError: if `stop` says so; the same call continues.
     WorkdirError: if another process uses the workdir, or it holds a run of
       another config.
     DataError: if the data are not as they should be.
@@ -144,11 +149,11 @@ def run(
     data = load_data(config)
     workdir_lib.write_environment(workdir, describe_data(data))
     teachers = {
-      name: make_teacher(name, config, workdir, data, log)
+      name: make_teacher(name, config, workdir, data, log, stop)
       for name in config.teachers
     }
-    train_arms(config, workdir, data, log, plans, methods, teachers, own)
-    score_arms(config, workdir, data, plans, teachers, own)
+    train_arms(config, workdir, data, log, plans, methods, teachers, own, stop)
+    score_arms(config, workdir, data, plans, teachers, own, stop)
     write_report(config, workdir, data, plans, own)
     seconds = time.monotonic() - started
     log({"stage": "run", "seconds": round(seconds, 1)})
@@ -420,10 +425,12 @@ def make_teacher(
   workdir: pathlib.Path,
   data: Data,
   log: Log,
+  stop: stopping.Stop = stopping.never,
 ) -> Teacher:
   """Returns a teacher: from its checkpoint, finished here before, or trained.
 
   Raises:
+    StoppedError: if `stop` says so.
     CheckpointError: if the checkpoint is another network's.
     DivergedError: if its training diverges.
   """
@@ -447,7 +454,7 @@ def make_teacher(
   drawn = not training.steps(1, 1)
   if c.precompute and wanted and not c.checkpoint and not drawn:
     encoded, validation_encoded = _encode(
-      name, network, config, workdir, data, c.seed
+      name, network, config, workdir, data, c.seed, stop
     )
   if untrained and not c.checkpoint and drawn:
     # A control: what is learned from a network that knows nothing.
@@ -481,6 +488,7 @@ def make_teacher(
       log=log,
       computed={"encoded": encoded} if encoded else None,
       validation_encoded=validation_encoded,
+      stop=stop,
     )
   variables, about = checkpoint.load_variables(source, expected)
   if source != destination and not checkpoint.is_finished(destination):
@@ -497,6 +505,7 @@ def _encode(
   workdir: pathlib.Path,
   data: Data,
   seed: int,
+  stop: stopping.Stop,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
   """Computes a frozen encoder's answers for training and validation."""
   rng = jax.random.fold_in(jax.random.key(seed), 0)
@@ -522,7 +531,7 @@ def _encode(
         batch_size=config.evaluation.batch_size,
         key=_key(variables["params"].get("encoder", {}), arrays, repr(network)),
         orientations=count,
-        progress=_progress(f"{name}: encoding {split}"),
+        progress=_progress(f"{name}: encoding {split}", stop),
       )
     )
   return found[0], found[1]
@@ -558,13 +567,17 @@ def _key(tree: Tree, arrays: pipeline.Arrays, *more: str) -> str:
   return digest.hexdigest()
 
 
-def _progress(what: str) -> Callable[[int, int], None]:
-  """Returns a reporter of (done, total) that logs every tenth, with an ETA."""
+def _progress(what: str, stop: stopping.Stop) -> Callable[[int, int], None]:
+  """Returns a reporter of (done, total) that logs every tenth, with an ETA.
+
+  It raises StoppedError where `stop` says so.
+  """
   began: tuple[float, int] | None = None
   shown = 0
 
   def show(done: int, total: int) -> None:
     nonlocal began, shown
+    stopping.check(stop, what)
     now = time.monotonic()
     if began is None:
       # The first call compiles, and a resumed run has not done the rest now.
@@ -606,6 +619,7 @@ def train_arms(
   methods: Mapping[str, objective.Method],
   teachers: Mapping[str, Teacher],
   own: own_lib.Own,
+  stop: stopping.Stop,
 ) -> None:
   """Trains every arm that has no result yet, all of them together.
 
@@ -623,7 +637,7 @@ def train_arms(
       plans, open_plans, workdir / "checkpoints" / "arms"
     )
     teaching = _make_teaching(
-      config, workdir, data, teacher, [methods[p.method] for p in group]
+      config, workdir, data, teacher, [methods[p.method] for p in group], stop
     )
     contenders = {
       plan.key: make_contender(
@@ -643,6 +657,7 @@ def train_arms(
       teach=teaching.teach,
       teacher_variables=teaching.variables,
       computed=teaching.computed,
+      stop=stop,
     )
 
 
@@ -767,6 +782,7 @@ def _make_teaching(
   data: Data,
   teacher: Teacher | None,
   methods: list[objective.Method],
+  stop: stopping.Stop = stopping.never,
 ) -> Teaching:
   """Prepares what a group's methods need of the teacher, and no more.
 
@@ -812,7 +828,7 @@ def _make_teaching(
     batch_size=config.evaluation.batch_size,
     key=key,
     extra=teacher.encoded,
-    progress=_progress(f"{name}: answers for the training images"),
+    progress=_progress(f"{name}: answers for the training images", stop),
   )
   if config.taught_averaging == "dihedral":
     computed = cache.average(computed)
@@ -841,6 +857,7 @@ def score_arms(
   plans: list[Plan],
   teachers: Mapping[str, Teacher],
   own: own_lib.Own,
+  stop: stopping.Stop,
 ) -> None:
   """Scores every arm on every test set, once; rows go to scores.csv."""
   path = workdir / "scores.csv"
@@ -885,7 +902,9 @@ def score_arms(
         arrays,
         batch_size=config.evaluation.batch_size,
         averaging=averaging,
-        keep=functools.partial(_save_prediction, workdir, arm, seed, test),
+        keep=functools.partial(
+          _save_prediction, workdir, arm, seed, test, stop
+        ),
       )
       scores_lib.append(
         path,
@@ -1110,9 +1129,11 @@ def _save_prediction(
   arm: str,
   seed: int,
   test: str,
+  stop: stopping.Stop,
   identity: str,
   mask: np.ndarray,
 ) -> None:
+  stopping.check(stop, f"{arm} seed {seed} was scored on {test}")
   path = _prediction_path(workdir, arm, seed, test, identity)
   path.parent.mkdir(parents=True, exist_ok=True)
   Image.fromarray(mask).save(path)

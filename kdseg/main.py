@@ -14,6 +14,7 @@ from kdseg import checkpoint
 from kdseg import choices
 from kdseg import experiment
 from kdseg import plan
+from kdseg import stopping
 from kdseg import train
 from kdseg import workdir as workdir_lib
 from kdseg.data import archives
@@ -40,7 +41,10 @@ _EXPECTED = (
 
 
 def main(argv: Sequence[str]) -> None:
-  """Runs the experiment of the flags; exit code 1 says why it could not."""
+  """Runs the experiment of the flags; exit code 1 says why it could not.
+
+  Exit code 75: stopped by SIGTERM or Ctrl-C, to be started again.
+  """
   if len(argv) > 1:
     raise app.UsageError(f"what is {argv[1]!r}? Flags only.")
   _show_progress()
@@ -49,8 +53,13 @@ def main(argv: Sequence[str]) -> None:
       items = plan.estimate(_CONFIG.value, _WORKDIR.value)
       print(plan.format_items(items))
       return
-    if not experiment.run(_CONFIG.value, _WORKDIR.value):
+    with stopping.on_signals() as stop:
+      worked = experiment.run(_CONFIG.value, _WORKDIR.value, stop=stop)
+    if not worked:
       print(f"{_WORKDIR.value} is finished: nothing was changed.")
+  except stopping.StoppedError as error:
+    print(f"kdseg: {error}", file=sys.stderr)
+    sys.exit(stopping.EXIT_CODE)
   except _EXPECTED as error:
     sys.exit(f"kdseg: {error}")
 

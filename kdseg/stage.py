@@ -21,6 +21,7 @@ from kdseg import objective
 from kdseg import optimizer
 from kdseg import state as state_lib
 from kdseg import step as step_lib
+from kdseg import stopping
 from kdseg import train
 from kdseg.data import augment as augment_lib
 from kdseg.data import pipeline
@@ -137,6 +138,7 @@ def train_together(
   teacher_variables: Tree = None,
   computed: Computed | None = None,
   validation_encoded: Mapping[str, np.ndarray] | None = None,
+  stop: stopping.Stop = stopping.never,
 ) -> None:
   """Trains networks on the same batches and writes the best of each.
 
@@ -157,8 +159,10 @@ def train_together(
     computed: answers of frozen networks by orientation; see
       `feed.make_batches`.
     validation_encoded: what a frozen encoder made of the validation images.
+    stop: see `train.fit`.
 
   Raises:
+    StoppedError: if `stop` says so.
     DivergedError: if every contender diverged.
     CheckpointError: if the folder holds another stage's checkpoints.
   """
@@ -223,6 +227,7 @@ def train_together(
         save_bad_batch=save_bad_batch,
         first_step=first_step,
         on_non_finite=training.on_non_finite,
+        stop=stop,
       )
   for name, arm in arms.items():
     _write_result(contenders[name], arm, steps)

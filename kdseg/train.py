@@ -14,6 +14,7 @@ import numpy as np
 
 from kdseg import checkpoint
 from kdseg import state as state_lib
+from kdseg import stopping
 
 _LOG = logging.getLogger("kdseg")
 
@@ -92,6 +93,7 @@ def fit(
   save_bad_batch: Callable[[str, int, Mapping[str, Any]], None],
   first_step: int = 0,
   on_non_finite: str = "stop",
+  stop: stopping.Stop = stopping.never,
 ) -> None:
   """Trains all arms to the end, in place.
 
@@ -113,8 +115,10 @@ def fit(
     on_non_finite: "stop" ends an arm at its first non-finite loss or
       gradient; "skip" leaves that update out and goes on, unless a whole
       interval of the log was skipped.
+    stop: asked after every step; where it says yes, what was done is saved.
 
   Raises:
+    StoppedError: if `stop` says so before the last step.
     DivergedError: if no arm is left.
     ValueError: on an unknown `on_non_finite`.
   """
@@ -144,7 +148,8 @@ def fit(
       )
       started = time.monotonic()
     validation_due = due(done, schedule.validate_every, total)
-    save_due = due(done, schedule.save_every, total)
+    stopping_now = done < total and stop()
+    save_due = stopping_now or due(done, schedule.save_every, total)
     if due(done, schedule.log_every, total) or validation_due or save_due:
       host = [(s, m, jax.device_get(values)) for s, m, values in window]
       window = []
@@ -166,6 +171,11 @@ def fit(
       before = time.monotonic()
       save(done, arms)
       spent += time.monotonic() - before
+    if stopping_now:
+      raise stopping.StoppedError(
+        f"{stage}: stopped after step {done} of {total}, which is saved; the "
+        "same command continues from there"
+      )
 
 
 def _drop_diverged(

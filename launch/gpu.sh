@@ -5,7 +5,9 @@
 #
 # Paths are relative to the repository. All GPUs of the machine are used;
 # CUDA_VISIBLE_DEVICES chooses. Started again with the same workdir, a run
-# continues where it stopped.
+# continues where it stopped. SIGTERM and Ctrl-C save first; the exit code is 75
+# then. A tree with changes that no commit holds is refused, as a run has to name
+# its code.
 #
 # Environment: PYTHON (python3.12, else python3.11, else python3); VENV
 # (.venv-gpu); CUDA (12 or 13: chosen by the driver); DRY_RUN=1 prints the
@@ -38,6 +40,19 @@ call() {
     line+="${line:+ }$(quoted "$word")"
   done
   echo "$line"
+}
+
+# A copy without a repository names its commit in KDSEG_COMMIT, or not at all.
+name_commit() {
+  local commit changes
+  if ! commit="$(git rev-parse --short=12 HEAD 2>/dev/null)"; then
+    echo "launch/gpu.sh: commit ${KDSEG_COMMIT:-unknown, no repository}" >&2
+    return
+  fi
+  changes="$(git status --porcelain)"
+  [[ -z "$changes" ]] || fail "the tree has changes that no commit holds;" \
+    "commit or remove them first:"$'\n'"$changes"
+  echo "launch/gpu.sh: commit $commit" >&2
 }
 
 # Prints the CUDA that JAX's wheels may bring: 13 needs driver 580, 12 needs 525
@@ -78,6 +93,7 @@ workdir="${2:?which workdir? launch/gpu.sh CONFIG WORKDIR [FLAG...]}"
 shift 2
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [[ -f "${config%%:*}" ]] || fail "no config ${config%%:*} in $PWD"
+name_commit
 VENV="${VENV:-.venv-gpu}"
 CUDA="${CUDA:-$(cuda_of_driver)}"
 [[ "$CUDA" == 12 || "$CUDA" == 13 ]] || fail "CUDA=$CUDA: say 12 or 13"
@@ -93,5 +109,11 @@ devices = jax.devices()
 print(devices)
 if jax.default_backend() != "gpu":
   sys.exit("JAX sees no GPU; is LD_LIBRARY_PATH set to another CUDA?")'
-call "$VENV/bin/python" -m kdseg.main \
-  --config "$config" --workdir "$workdir" "$@"
+run=("$VENV/bin/python" -m kdseg.main
+  --config "$config" --workdir "$workdir" "$@")
+if [[ "${DRY_RUN:-}" == 1 ]]; then
+  call "${run[@]}"
+else
+  # In this process's place, so that it is what a signal reaches.
+  exec "${run[@]}"
+fi

@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import time
 
 import pytest
 
@@ -427,6 +428,77 @@ def test_an_old_python_that_was_asked_for_is_refused(repository, tools):
   assert "PYTHON=python3.9 is no Python 3.11" in done.stderr
 
 
+def test_gpu_refuses_a_tree_that_no_commit_holds(repository, tools):
+  (repository / "configs" / "small.py").write_text("# another\n")
+  done = launch(
+    repository, tools, "gpu.sh", "configs/small.py", "w", CUDA="13", DRY_RUN="1"
+  )
+  assert done.returncode == 1
+  assert "no commit holds" in done.stderr
+  assert "configs/small.py" in done.stderr
+  assert not done.stdout
+
+
+def test_gpu_names_the_commit_it_runs(repository, tools):
+  make_tool(tools, "python3.12", "exit 0\n")
+  arguments = ("gpu.sh", "configs/small.py", "w")
+  done = launch(repository, tools, *arguments, CUDA="13", DRY_RUN="1")
+  head = git(repository, "rev-parse", "--short=12", "HEAD")
+  assert f"commit {head}" in done.stderr
+  # A copy that was shipped without its repository.
+  shutil.rmtree(repository / ".git")
+  done = launch(
+    repository, tools, *arguments, CUDA="13", DRY_RUN="1", KDSEG_COMMIT="abc",
+    GIT_CEILING_DIRECTORIES=str(repository.parent),
+  )  # fmt: skip
+  assert "commit abc" in done.stderr
+
+
+@pytest.mark.parametrize(
+  ("code", "queued"), [(75, True), (1, False), (0, False)]
+)
+def test_slurm_queues_a_job_again_that_was_stopped(
+  repository, tools, tmp_path, code, queued
+):
+  (repository / "launch" / "gpu.sh").write_text(
+    f"#!/usr/bin/env bash\nexit {code}\n"
+  )
+  make_tool(tools, "scontrol", f'echo "$@" > {shlex.quote(str(tmp_path))}/q\n')
+  done = launch(
+    repository, tools, "slurm.sbatch", "a", "b",
+    SLURM_JOB_ID="17", SLURM_SUBMIT_DIR=str(repository),
+  )  # fmt: skip
+  assert done.returncode == code
+  asked = tmp_path / "q"
+  assert asked.exists() == queued
+  if queued:
+    assert asked.read_text() == "requeue 17\n"
+
+
+def test_slurm_passes_the_signal_on_and_waits(repository, tools, tmp_path):
+  (repository / "launch" / "gpu.sh").write_text(
+    "#!/usr/bin/env bash\n"
+    f"trap 'sleep 0.3; exit 75' TERM; touch {shlex.quote(str(tmp_path))}/on\n"
+    "while :; do sleep 0.05; done\n"
+  )
+  make_tool(tools, "scontrol", f'echo "$@" > {shlex.quote(str(tmp_path))}/q\n')
+  job = subprocess.Popen(
+    ["bash", "launch/slurm.sbatch", "a", "b"],
+    cwd=repository,
+    env={
+      "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
+      "SLURM_JOB_ID": "17",
+      "SLURM_SUBMIT_DIR": str(repository),
+    },
+  )
+  deadline = time.monotonic() + 30
+  while not (tmp_path / "on").exists() and time.monotonic() < deadline:
+    time.sleep(0.02)
+  job.terminate()
+  assert job.wait(timeout=30) == 75
+  assert (tmp_path / "q").read_text() == "requeue 17\n"
+
+
 def test_slurm_runs_the_gpu_script_from_the_folder_of_the_job(
   repository, tools, tmp_path
 ):
@@ -460,6 +532,7 @@ def test_slurm_asks_for_one_node_and_continues_after_preemption():
   text = (ROOT / "launch" / "slurm.sbatch").read_text()
   asked = re.findall(r"^#SBATCH (\S+)$", text, re.MULTILINE)
   assert {"--nodes=1", "--requeue", "--open-mode=append"} <= set(asked)
+  assert "--signal=B:TERM@180" in asked
   # SLURM reads directives up to the first line that is no comment.
   assert text.index("set -euo pipefail") > text.rindex("#SBATCH")
 

@@ -12,6 +12,7 @@ from kdseg import choices
 from kdseg import experiment
 from kdseg import main
 from kdseg import plan
+from kdseg import stopping
 from kdseg import train
 from kdseg import workdir as workdir_lib
 from kdseg.data import archives
@@ -34,7 +35,8 @@ def started(monkeypatch):
   before = log.handlers[:], log.level, log.propagate
 
   def start(*arguments, outcome=True):
-    def run(config, workdir):
+    def run(config, workdir, *, stop):
+      del stop
       calls.append((config, workdir))
       if isinstance(outcome, Exception):
         raise outcome
@@ -103,6 +105,17 @@ def test_an_expected_error_is_one_line(started, error):
   with pytest.raises(SystemExit) as stop:
     started(CONFIG, "--workdir=runs/x", outcome=error)
   assert stop.value.code == f"kdseg: {error}"
+
+
+def test_a_run_that_was_stopped_can_be_told_from_one_that_failed(
+  started, capsys
+):
+  with pytest.raises(SystemExit) as stop:
+    started(
+      CONFIG, "--workdir=x", outcome=stopping.StoppedError("after step 3")
+    )
+  assert stop.value.code == 75
+  assert "kdseg: after step 3" in capsys.readouterr().err
 
 
 def test_a_fault_keeps_its_traceback(started):

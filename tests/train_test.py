@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from kdseg import state as state_lib
+from kdseg import stopping
 from kdseg import train
 
 
@@ -172,6 +173,24 @@ def test_goes_on_from_the_first_step_it_is_given():
   course.run(6, every=0, save_every=0, first_step=4)
   assert [at for at, _ in seen] == [4, 5]
   assert [step for step, _ in course.saves] == [6]
+
+
+def test_asked_to_stop_it_saves_the_step_it_has_done():
+  arm, seen = make_arm()
+  course = Course({"x": arm})
+  asked = iter([False, True])
+  with pytest.raises(stopping.StoppedError, match="after step 2 of 6"):
+    course.run(6, every=0, save_every=0, stop=lambda: next(asked))
+  assert [at for at, _ in seen] == [0, 1]
+  assert [step for step, _ in course.saves] == [2]
+
+
+def test_at_the_last_step_it_is_not_asked_to_stop():
+  arm, _ = make_arm()
+  course = Course({"x": arm})
+  asked = iter([False, False])
+  course.run(3, every=0, save_every=0, stop=lambda: next(asked))
+  assert [step for step, _ in course.saves] == [3]
 
 
 def test_a_diverged_arm_is_named_with_its_batch_and_the_others_go_on():

@@ -1,0 +1,52 @@
+"""Signals that ask a run to stop."""
+
+import os
+import signal
+import threading
+
+import pytest
+
+from kdseg import stopping
+
+
+@pytest.mark.parametrize("number", stopping.SIGNALS)
+def test_the_first_signal_only_leaves_word(number):
+  with stopping.on_signals() as stop:
+    assert not stop()
+    os.kill(os.getpid(), number)
+    assert stop()
+
+
+def test_the_second_signal_ends_it_at_once():
+  with stopping.on_signals() as stop:
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop()
+    with pytest.raises(KeyboardInterrupt):
+      os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_afterwards_signals_are_as_before():
+  before = {number: signal.getsignal(number) for number in stopping.SIGNALS}
+  with stopping.on_signals():
+    assert signal.getsignal(signal.SIGTERM) != before[signal.SIGTERM]
+  after = {number: signal.getsignal(number) for number in stopping.SIGNALS}
+  assert after == before
+
+
+def test_in_another_thread_nobody_is_asked():
+  seen = []
+
+  def work():
+    with stopping.on_signals() as stop:
+      seen.append(stop())
+
+  thread = threading.Thread(target=work)
+  thread.start()
+  thread.join()
+  assert seen == [False]
+
+
+def test_the_error_says_what_was_done_and_how_to_go_on():
+  stopping.check(stopping.never, "anything")
+  with pytest.raises(stopping.StoppedError, match=r"while x.*same command"):
+    stopping.check(lambda: True, "x")
