@@ -15,6 +15,14 @@ Tree = Any
 _LOG = logging.getLogger("kdseg")
 
 
+def _alone() -> ocp.options.MultiprocessingOptions:
+  """Says that this host reads and writes by itself, whatever others do."""
+  index = jax.process_index()
+  return ocp.options.MultiprocessingOptions(
+    primary_host=index, active_processes={index}
+  )
+
+
 class CheckpointError(RuntimeError):
   """A checkpoint that cannot be read, or is another network's."""
 
@@ -37,10 +45,16 @@ def open_checkpoints(
     keep: how many of the latest to keep; the second is there for the case
       that the first is damaged.
   """
+  directory = pathlib.Path(directory).absolute()
+  # Orbax makes none for a part of the hosts.
+  directory.mkdir(parents=True, exist_ok=True)
   return ocp.CheckpointManager(
-    pathlib.Path(directory).absolute(),
+    directory,
     options=ocp.CheckpointManagerOptions(
-      max_to_keep=keep, create=True, enable_async_checkpointing=False
+      max_to_keep=keep,
+      create=False,
+      enable_async_checkpointing=False,
+      multiprocessing_options=_alone(),
     ),
   )
 
@@ -108,7 +122,9 @@ def save_variables(
   """
   directory = pathlib.Path(directory).absolute()
   directory.mkdir(parents=True, exist_ok=True)
-  with ocp.StandardCheckpointer() as checkpointer:
+  with ocp.StandardCheckpointer(
+    multiprocessing_options=_alone()
+  ) as checkpointer:
     checkpointer.save(directory / "variables", to_host(variables), force=True)
   write_json(directory / "about.json", about)
 
@@ -136,7 +152,9 @@ def load_variables(
       f"{directory} holds no finished network (about.json is missing)"
     )
   about = json.loads((directory / "about.json").read_text())
-  with ocp.StandardCheckpointer() as checkpointer:
+  with ocp.StandardCheckpointer(
+    multiprocessing_options=_alone()
+  ) as checkpointer:
     try:
       variables = to_host(checkpointer.restore(directory / "variables"))
     except Exception as error:

@@ -1,12 +1,17 @@
 """Probabilities at each image's own size, and one row of scores an image."""
 
+import base64
 from collections.abc import Callable
 from collections.abc import Iterator
+import math
 from typing import Any
+import zlib
 
+import jax
 import numpy as np
 
 from kdseg import cache
+from kdseg import hosts
 from kdseg import metrics
 from kdseg import step as step_lib
 from kdseg.data import pipeline
@@ -28,11 +33,13 @@ def probabilities(
 ) -> Iterator[tuple[int, np.ndarray]]:
   """Yields (example, probability [S, S] float32) for every example, once.
 
+  With several hosts each yields its share of every batch.
+
   Args:
     predict: `step.make_predict`, mapped over the devices.
     variables: replicated.
     arrays: the examples.
-    batch_size: examples a call; the last call is padded.
+    batch_size: examples a call, of all hosts; the last call is padded.
     averaging: "none", or "dihedral", the mean over eight orientations.
     encoded: what a frozen encoder made of the examples, by name,
       [orientations, N, ...].
@@ -46,7 +53,11 @@ def probabilities(
       f"{averaging!r}"
     )
   count = 1 if averaging == "none" else cache.ORIENTATIONS
+  mine = pipeline.shard_for_process(
+    np.arange(batch_size), jax.process_index(), jax.process_count()
+  )
   for batch in pipeline.eval_batches(arrays, batch_size):
+    batch = {name: values[mine] for name, values in batch.items()}
     real = batch["_mask"]
     total = 0.0
     for orientation in range(count):
@@ -80,7 +91,7 @@ def mean_dice(
   Raises:
     ValueError: if there is no example.
   """
-  values = []
+  values = {}
   for i, probability in probabilities(
     predict, variables, arrays, batch_size=batch_size, encoded=encoded
   ):
@@ -88,10 +99,11 @@ def mean_dice(
     truth = arrays.mask[i] > 0
     size = prediction.sum() + truth.sum()
     overlap = np.logical_and(prediction, truth).sum()
-    values.append(2 * overlap / size if size else 1.0)
-  if not values:
+    values[i] = float(2 * overlap / size) if size else 1.0
+  found = [pair for part in hosts.gather(list(values.items())) for pair in part]
+  if not found:
     raise ValueError(f"{arrays.name}/{arrays.split} holds no example")
-  return float(np.mean(values))
+  return float(np.mean([value for _, value in sorted(found)]))
 
 
 def score(
@@ -111,15 +123,40 @@ def score(
     arrays: a whole test set.
     batch_size: examples a call.
     averaging: see `probabilities`.
-    keep: called with (id, predicted mask [h, w] bool) for every image.
+    keep: called with (id, predicted mask [h, w] bool) for every image; on the
+      first host, if there are several.
   """
-  rows = []
+  rows: dict[int, dict[str, Any]] = {}
+  masks: dict[int, str] = {}
   for i, probability in probabilities(
     predict, variables, arrays, batch_size=batch_size, averaging=averaging
   ):
     truth = arrays.native_mask(i)
     native = metrics.resize_probability(probability, *truth.shape)
-    rows.append({"id": arrays.ids[i], **metrics.score(native, truth)})
-    if keep is not None:
-      keep(arrays.ids[i], native > metrics.THRESHOLD)
-  return rows
+    rows[i] = {"id": arrays.ids[i], **metrics.score(native, truth)}
+    prediction = native > metrics.THRESHOLD
+    if hosts.are_many():
+      masks[i] = _to_text(prediction)
+    elif keep is not None:
+      keep(arrays.ids[i], prediction)
+  if not hosts.are_many():
+    return list(rows.values())
+  found = [
+    entry
+    for part in hosts.gather([[i, rows[i], masks[i]] for i in rows])
+    for entry in part
+  ]
+  found.sort(key=lambda entry: entry[0])
+  if keep is not None and hosts.is_first():
+    for i, row, mask in found:
+      keep(row["id"], _from_text(mask, arrays.native_mask(i).shape))
+  return [row for _, row, _ in found]
+
+
+def _to_text(mask: np.ndarray) -> str:
+  return base64.b64encode(zlib.compress(np.packbits(mask).tobytes())).decode()
+
+
+def _from_text(text: str, shape: tuple[int, ...]) -> np.ndarray:
+  packed = np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8)
+  return np.unpackbits(packed, count=math.prod(shape)).reshape(shape) > 0

@@ -8,6 +8,7 @@ a second start continues the first, and a third finds nothing to do.
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -29,6 +30,7 @@ from kdseg import cache
 from kdseg import checkpoint
 from kdseg import choices
 from kdseg import evaluate
+from kdseg import hosts
 from kdseg import metrics
 from kdseg import networks
 from kdseg import objective
@@ -38,6 +40,7 @@ from kdseg import step as step_lib
 from kdseg import stopping
 from kdseg import train
 from kdseg import workdir as workdir_lib
+from kdseg.data import archives
 from kdseg.data import augment as augment_lib
 from kdseg.data import pipeline
 from kdseg.losses import boundary
@@ -139,22 +142,29 @@ def run(
   own = own or own_lib.Own()
   plans, methods = check(config, own)
   workdir.mkdir(parents=True, exist_ok=True)
-  with workdir_lib.locked(workdir):
-    workdir_lib.adopt_config(config, workdir)
-    if is_finished(config, workdir, plans):
+  with contextlib.ExitStack() as stack:
+
+    def enter() -> bool:
+      stack.enter_context(workdir_lib.locked(workdir))
+      workdir_lib.adopt_config(config, workdir)
+      return is_finished(config, workdir, plans)
+
+    if hosts.on_first(enter):
       _LOG.info("%s is finished; nothing to do", workdir)
       return False
     started = time.monotonic()
-    log = functools.partial(checkpoint.append_json_line, workdir / "log.jsonl")
+    log = make_log(workdir)
     data = load_data(config)
-    workdir_lib.write_environment(workdir, describe_data(data))
+    _check_data_agree(data)
+    if hosts.is_first():
+      workdir_lib.write_environment(workdir, describe_data(data))
     teachers = {
       name: make_teacher(name, config, workdir, data, log, stop)
       for name in config.teachers
     }
     train_arms(config, workdir, data, log, plans, methods, teachers, own, stop)
     score_arms(config, workdir, data, plans, teachers, own, stop)
-    write_report(config, workdir, data, plans, own)
+    hosts.on_first(lambda: write_report(config, workdir, data, plans, own))
     seconds = time.monotonic() - started
     log({"stage": "run", "seconds": round(seconds, 1)})
     _LOG.info(
@@ -163,6 +173,33 @@ def run(
       workdir / "table.md",
     )
   return True
+
+
+def make_log(workdir: pathlib.Path) -> Log:
+  """Returns what writes log.jsonl; nothing on any host but the first."""
+  if not hosts.is_first():
+    return lambda record: None
+  return functools.partial(checkpoint.append_json_line, workdir / "log.jsonl")
+
+
+def _check_data_agree(data: Data) -> None:
+  """Refuses hosts that would train on different images.
+
+  Raises:
+    DataError: that names the split.
+  """
+  if not hosts.are_many():
+    return
+  splits = {"train": data.train, "validation": data.validation, **data.tests}
+  found = hosts.gather(
+    {name: pipeline.fingerprint(arrays) for name, arrays in splits.items()}
+  )
+  for name in splits:
+    if len({host[name] for host in found}) > 1:
+      raise archives.DataError(
+        f"the hosts do not have the same {name} images; give each of them the "
+        "same archives"
+      )
 
 
 def check(
@@ -445,7 +482,7 @@ def make_teacher(
     jnp.zeros((1, config.data.size, config.data.size, 3)),
   )
   encoded, validation_encoded = None, None
-  untrained = not checkpoint.is_finished(source)
+  untrained = not hosts.on_first(lambda: checkpoint.is_finished(source))
   # A finished teacher's answers are had from its encoder's, too.
   wanted = untrained or (
     config.precompute_teacher and name in config.distil_from
@@ -467,7 +504,8 @@ def make_teacher(
     about = {"arm": name, "network": c.network, "method": "none"}
     about |= {"seed": int(c.seed), "steps": 0, "diverged": ""}
     about["parameters"] = networks.count_parameters(variables)
-    checkpoint.save_variables(destination, variables, about)
+    if hosts.is_first():
+      checkpoint.save_variables(destination, variables, about)
   elif untrained and not c.checkpoint:
     stage.train_together(
       name,
@@ -490,12 +528,35 @@ def make_teacher(
       validation_encoded=validation_encoded,
       stop=stop,
     )
-  variables, about = checkpoint.load_variables(source, expected)
-  if source != destination and not checkpoint.is_finished(destination):
-    checkpoint.save_variables(
-      destination, variables, {**about, "arm": name, "taken_from": c.checkpoint}
-    )
-  return Teacher(network, variables, encoded)
+
+  def load() -> Tree:
+    variables, about = checkpoint.load_variables(source, expected)
+    if source != destination and not checkpoint.is_finished(destination):
+      about = {**about, "arm": name, "taken_from": c.checkpoint}
+      checkpoint.save_variables(destination, variables, about)
+    return variables
+
+  return Teacher(network, _tree_of_first(load, expected), encoded)
+
+
+def _tree_of_first(load: Callable[[], Tree], expected: Tree) -> Tree:
+  """Returns what the first host loads, a tree like `expected`, on all hosts.
+
+  Raises:
+    HostError: if the first host cannot load it, on the others.
+  """
+  if not hosts.are_many():
+    return load()
+  loaded: Tree = None
+
+  def remember() -> bool:
+    nonlocal loaded
+    loaded = load()
+    return True
+
+  hosts.on_first(remember)
+  flat = hosts.arrays_of_first(lambda: checkpoint.flatten(loaded))
+  return checkpoint.unflatten(flat, expected, "the first host's tree")
 
 
 def _encode(
@@ -527,7 +588,7 @@ def _encode(
       cache.compute(
         function,
         arrays.image,
-        workdir / "cache" / f"{name}-{split}",
+        cache_folder(workdir) / f"{name}-{split}",
         batch_size=config.evaluation.batch_size,
         key=_key(variables["params"].get("encoder", {}), arrays, repr(network)),
         orientations=count,
@@ -537,16 +598,30 @@ def _encode(
   return found[0], found[1]
 
 
+def cache_folder(workdir: pathlib.Path) -> pathlib.Path:
+  """Returns where this host keeps the answers of frozen networks.
+
+  Each host has its own, as each reads all of them.
+  """
+  if hosts.is_first():
+    return workdir / "cache"
+  return workdir / "cache" / f"host{jax.process_index()}"
+
+
 def _mapped(
   function: Callable[..., Any], variables: Tree
 ) -> Callable[..., dict[str, np.ndarray]]:
-  """Maps function(variables, image, ...) over the devices; numpy in and out."""
+  """Maps function(variables, image, ...) over this host's devices.
+
+  It takes numpy and gives numpy.
+  """
   mapped = step_lib.parallel(
     lambda variables, arguments: function(variables, *arguments),
     replicated=1,
     out_replicated=False,
+    local=True,
   )
-  held = step_lib.replicate(variables)
+  held = step_lib.replicate(variables, local=True)
 
   def call(*arguments: Tree) -> dict[str, np.ndarray]:
     answers = mapped(held, step_lib.shard(arguments))
@@ -577,7 +652,9 @@ def _progress(what: str, stop: stopping.Stop) -> Callable[[int, int], None]:
 
   def show(done: int, total: int) -> None:
     nonlocal began, shown
-    stopping.check(stop, what)
+    # Hosts do not keep step here, and one that left would leave the others.
+    if not hosts.are_many():
+      stopping.check(stop, what)
     now = time.monotonic()
     if began is None:
       # The first call compiles, and a resumed run has not done the rest now.
@@ -630,12 +707,12 @@ def train_arms(
   training = make_training(dict(config.training))
   teacher = join_teachers(config, teachers)
   while True:
-    open_plans = list_untrained(workdir, plans)
-    if not open_plans:
+    by_key = {plan.key: plan for plan in plans}
+    keys, number = hosts.on_first(lambda: _next_group(plans, workdir))
+    if not keys:
       return
-    group, folder = _next_group(
-      plans, open_plans, workdir / "checkpoints" / "arms"
-    )
+    group = [by_key[key] for key in keys]
+    folder = workdir / "checkpoints" / "arms" / number / "steps"
     teaching = _make_teaching(
       config, workdir, data, teacher, [methods[p.method] for p in group], stop
     )
@@ -729,27 +806,35 @@ def make_contender(
 
 
 def _next_group(
-  plans: list[Plan], open_plans: list[Plan], folder: pathlib.Path
-) -> tuple[list[Plan], pathlib.Path]:
-  """Returns the arms to train together next, and their checkpoints' folder."""
+  plans: list[Plan], workdir: pathlib.Path
+) -> tuple[list[str], str]:
+  """Returns the arms to train together next, and their number; or none.
+
+  Raises:
+    WorkdirError: if a training was begun with arms that are not in the plan.
+  """
+  open_keys = [plan.key for plan in list_untrained(workdir, plans)]
+  if not open_keys:
+    return [], ""
+  folder = workdir / "checkpoints" / "arms"
   folder.mkdir(parents=True, exist_ok=True)
-  by_key = {plan.key: plan for plan in plans}
+  known = {plan.key for plan in plans}
   groups = sorted(folder.glob("*/group.json"))
   for path in groups:
     keys = json.loads(path.read_text(encoding="utf-8"))
-    if any(plan.key in keys for plan in open_plans):
-      missing = [key for key in keys if key not in by_key]
+    if set(open_keys) & set(keys):
+      missing = [key for key in keys if key not in known]
       if missing:
         raise workdir_lib.WorkdirError(
           f"{path.parent} is a training of arms that the config has no more "
           f"({', '.join(missing)}); put them back, or delete that folder to "
           "start its other arms again"
         )
-      return [by_key[key] for key in keys], path.parent / "steps"
+      return keys, path.parent.name
   path = folder / f"{len(groups):03d}" / "group.json"
   path.parent.mkdir(exist_ok=True)
-  checkpoint.write_json(path, [plan.key for plan in open_plans])
-  return open_plans, path.parent / "steps"
+  checkpoint.write_json(path, open_keys)
+  return open_keys, path.parent.name
 
 
 def list_taps(methods: Iterable[objective.Method]) -> tuple[str, ...]:
@@ -824,7 +909,7 @@ def _make_teaching(
   computed = cache.compute(
     _mapped(answer, teacher.variables),
     data.train.image,
-    workdir / "cache" / f"taught-{key[:12]}",
+    cache_folder(workdir) / f"taught-{key[:12]}",
     batch_size=config.evaluation.batch_size,
     key=key,
     extra=teacher.encoded,
@@ -862,10 +947,17 @@ def score_arms(
   """Scores every arm on every test set, once; rows go to scores.csv."""
   path = workdir / "scores.csv"
   expected = {test: arrays.ids for test, arrays in data.tests.items()}
-  rows, dropped = scores_lib.recover(path, expected)
-  if dropped:
-    _LOG.warning("scores.csv: scored again, as cut off: %s", dropped)
-  done = set(scores_lib.groups(rows))
+
+  def look() -> tuple[list[Any], list[bool]]:
+    rows, dropped = scores_lib.recover(path, expected)
+    if dropped:
+      _LOG.warning("scores.csv: scored again, as cut off: %s", dropped)
+    return list(scores_lib.groups(rows)), [
+      checkpoint.is_finished(workdir / "arms" / plan.key) for plan in plans
+    ]
+
+  found, finished_plans = hosts.on_first(look)
+  done = {tuple(group) for group in found}
   joint = join_teachers(config, teachers)
   entries: list[tuple[str, int, Callable[[], Teacher]]] = [
     (name, int(config.teachers[name].seed), lambda t=teacher: t)
@@ -873,8 +965,8 @@ def score_arms(
   ]
   if joint is not None and len(config.distil_from) > 1:
     entries.append((JOINT, config.seed, lambda: joint))
-  for plan in plans:
-    if checkpoint.is_finished(workdir / "arms" / plan.key):
+  for plan, is_there in zip(plans, finished_plans):
+    if is_there:
       entries.append(
         (
           plan.arm,
@@ -906,11 +998,14 @@ def score_arms(
           _save_prediction, workdir, arm, seed, test, stop
         ),
       )
-      scores_lib.append(
-        path,
-        [{"arm": arm, "seed": seed, "dataset": test, **row} for row in scored],
-        expected,
-      )
+      if hosts.is_first():
+        scores_lib.append(
+          path,
+          [
+            {"arm": arm, "seed": seed, "dataset": test, **row} for row in scored
+          ],
+          expected,
+        )
       _LOG.info(
         "scores: %s seed %d on %s: Dice %.4f",
         arm, seed, test, np.mean([row["dice"] for row in scored]),
@@ -924,8 +1019,17 @@ def _student(
   own: own_lib.Own,
 ) -> Teacher:
   network = make_student(plan.student, config, own)
-  variables, _ = checkpoint.load_variables(workdir / "arms" / plan.key)
-  return Teacher(network, variables)
+
+  def load() -> Tree:
+    return checkpoint.load_variables(workdir / "arms" / plan.key)[0]
+
+  if not hosts.are_many():
+    return Teacher(network, load())
+  size = config.data.size
+  expected = jax.eval_shape(
+    network.init, jax.random.key(0), jnp.zeros((1, size, size, 3))
+  )
+  return Teacher(network, _tree_of_first(load, expected))
 
 
 # --------------------------------------------------------------------- report

@@ -13,6 +13,7 @@ from ml_collections import config_flags
 from kdseg import checkpoint
 from kdseg import choices
 from kdseg import experiment
+from kdseg import hosts
 from kdseg import plan
 from kdseg import stopping
 from kdseg import train
@@ -28,12 +29,30 @@ _WORKDIR = flags.DEFINE_string(
 _PLAN = flags.DEFINE_bool(
   "plan", False, "Measure what is left to do, print it, and do nothing of it."
 )
+_DISTRIBUTED = flags.DEFINE_bool(
+  "distributed",
+  False,
+  "Join the other hosts of a TPU pod, a SLURM job or an Open MPI one.",
+)
+_COORDINATOR = flags.DEFINE_string(
+  "coordinator", "", "HOST:PORT of the first of several hosts, elsewhere."
+)
+_HOSTS = flags.DEFINE_integer("hosts", 0, "How many; with --coordinator.")
+_HOST = flags.DEFINE_integer(
+  "host", -1, "Which one this is, from 0; with --coordinator."
+)
+_HOST_TIMEOUT = flags.DEFINE_integer(
+  "host_timeout",
+  hosts.TIMEOUT_SECONDS,
+  "Seconds until a silent host is taken for dead, and the others stop.",
+)
 # Errors whose message says it all; anything else keeps its traceback.
 _EXPECTED = (
   archives.DataError,
   checkpoint.CheckpointError,
   choices.UnknownNameError,
   experiment.ConfigError,
+  hosts.HostError,
   train.DivergedError,
   workdir_lib.WorkdirError,
   ImportError,
@@ -49,6 +68,16 @@ def main(argv: Sequence[str]) -> None:
     raise app.UsageError(f"what is {argv[1]!r}? Flags only.")
   _show_progress()
   try:
+    if _DISTRIBUTED.value or _COORDINATOR.value:
+      hosts.start(
+        _COORDINATOR.value,
+        _HOSTS.value,
+        _HOST.value,
+        timeout=_HOST_TIMEOUT.value,
+      )
+      if not hosts.is_first():
+        # One host speaks; the others only of what is wrong.
+        logging.getLogger("kdseg").setLevel(logging.WARNING)
     if _PLAN.value:
       items = plan.estimate(_CONFIG.value, _WORKDIR.value)
       print(plan.format_items(items))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Mapping
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -16,6 +17,7 @@ import numpy as np
 from kdseg import checkpoint
 from kdseg import evaluate
 from kdseg import feed
+from kdseg import hosts
 from kdseg import networks
 from kdseg import objective
 from kdseg import optimizer
@@ -197,6 +199,8 @@ def train_together(
     )
 
   def save_bad_batch(name: str, step: int, made_of: Mapping[str, Any]) -> None:
+    if not hosts.is_first():
+      return
     path = folder / f"non_finite-{name}-step{step}.npz"
     np.savez_compressed(
       path,
@@ -206,8 +210,10 @@ def train_together(
     )
     _LOG.warning("%s: the batch is saved in %s", stage, path)
 
-  folder.mkdir(parents=True, exist_ok=True)
-  with checkpoint.open_checkpoints(folder) as manager:
+  with contextlib.ExitStack() as stack:
+    manager = None
+    if hosts.is_first():
+      manager = stack.enter_context(checkpoint.open_checkpoints(folder))
     first_step = _resume(manager, arms, stage, steps)
     if first_step < steps:
       train.fit(
@@ -223,14 +229,15 @@ def train_together(
         prepare=prepare,
         validate=validate,
         log=log,
-        save=lambda step, arms: checkpoint.save(manager, step, *_pack(arms)),
+        save=functools.partial(_save, manager),
         save_bad_batch=save_bad_batch,
         first_step=first_step,
         on_non_finite=training.on_non_finite,
-        stop=stop,
+        stop=hosts.share_question(stop),
       )
-  for name, arm in arms.items():
-    _write_result(contenders[name], arm, steps)
+  if hosts.is_first():
+    for name, arm in arms.items():
+      _write_result(contenders[name], arm, steps)
 
 
 def make_arms(
@@ -362,8 +369,12 @@ def teacher_deviations(
     for name, value in prepare(step, batch)["taught"].items():
       if name != "logits":
         flat = np.asarray(value, np.float64).reshape(-1, value.shape[-1])
+        moments = np.stack([flat.mean(0), np.square(flat).mean(0)])
+        # Every host has seen its share of the batch.
         sums.setdefault(name, []).append(
-          np.stack([flat.mean(0), np.square(flat).mean(0)])
+          np.mean(hosts.gather(moments.tolist()), axis=0)
+          if hosts.are_many()
+          else moments
         )
   deviations = {}
   for name, moments in sums.items():
@@ -469,15 +480,43 @@ def _pack(arms: Mapping[str, train.Arm]) -> tuple[Tree, dict[str, Any]]:
   return tree, {"arms": extra}
 
 
+def _save(manager: Any, step: int, arms: Mapping[str, train.Arm]) -> None:
+  """Saves the arms, on the host that has the checkpoints."""
+  if manager is not None:
+    checkpoint.save(manager, step, *_pack(arms))
+
+
 def _resume(
   manager: Any, arms: dict[str, train.Arm], stage: str, steps: int
 ) -> int:
-  """Puts the latest checkpoint into `arms`; returns the steps done."""
-  found = checkpoint.restore_latest(manager)
-  if found is None:
+  """Puts the latest checkpoint into `arms`; returns the steps done.
+
+  Args:
+    manager: of the checkpoints; None on hosts that do not have them.
+    arms: their states and bests are replaced.
+    stage: name for the log.
+    steps: of the whole training, for the log.
+
+  Raises:
+    CheckpointError: if none of them is whole, or they are of other arms.
+    HostError: if the first host cannot read them, on the others.
+  """
+  found: tuple[int, Tree, dict[str, Any]] | None = None
+
+  def read() -> dict[str, Any]:
+    nonlocal found
+    found = checkpoint.restore_latest(manager)
+    if found is None:
+      return {}
+    step, _, extra = found
+    return {"step": step, "extra": extra, "where": str(manager.directory)}
+
+  told = hosts.on_first(read)
+  if not told:
     return 0
-  step, tree, extra = found
-  where = str(manager.directory)
+  flat = hosts.arrays_of_first(lambda: _flat_arms(found[1]))
+  step, extra, where = told["step"], told["extra"], told["where"]
+  tree = _nest_arms(flat, list(extra["arms"]))
   if tree.keys() != arms.keys():
     raise checkpoint.CheckpointError(
       f"{where} holds the arms {', '.join(sorted(tree))}, not "
@@ -494,6 +533,29 @@ def _resume(
       arm.best = {**about["best"], "variables": variables}
   _LOG.info("%s: goes on from step %d of %d", stage, step, steps)
   return step
+
+
+# Between the name of an arm, what it is of the arm, and the path in that.
+_GAP = "\t"
+
+
+def _flat_arms(tree: Tree) -> dict[str, np.ndarray]:
+  """Flattens {arm: {"state" | "best": {path: array}}}."""
+  return {
+    _GAP.join((name, part, path)): array
+    for name, parts in tree.items()
+    for part, arrays in parts.items()
+    for path, array in arrays.items()
+  }
+
+
+def _nest_arms(flat: Mapping[str, np.ndarray], names: list[str]) -> Tree:
+  """Undoes `_flat_arms`."""
+  tree: Tree = {name: {} for name in names}
+  for key, array in flat.items():
+    name, part, path = key.split(_GAP)
+    tree[name].setdefault(part, {})[path] = array
+  return tree
 
 
 def _write_result(contender: Contender, arm: train.Arm, steps: int) -> None:

@@ -279,6 +279,7 @@ def parallel(
   replicated: int,
   out_replicated: bool,
   donate: bool = False,
+  local: bool = False,
 ) -> Callable[..., Any]:
   """Maps a function over the devices of all hosts, jitted; one trace.
 
@@ -293,6 +294,7 @@ def parallel(
     out_replicated: whether the results are the same on every device and come
       back without a device axis.
     donate: whether the memory of the replicated arguments is reused.
+    local: whether over this host's devices alone.
   """
 
   def packed(held: tuple[Tree, ...], shared: tuple[Tree, ...]) -> Any:
@@ -306,6 +308,7 @@ def parallel(
     in_axes=(None, 0),
     out_axes=None if out_replicated else 0,
     donate_argnums=(0,) if donate else (),
+    devices=jax.local_devices() if local else None,
   )
 
   @functools.wraps(function)
@@ -315,9 +318,15 @@ def parallel(
   return call
 
 
-def replicate(tree: Tree) -> Tree:
-  """Places a tree of host arrays on every device, without a device axis."""
-  mesh = jax.sharding.Mesh(np.array(jax.devices()), (AXIS,))
+def replicate(tree: Tree, *, local: bool = False) -> Tree:
+  """Places a tree of host arrays on every device, without a device axis.
+
+  Args:
+    tree: the same on all hosts.
+    local: whether on this host's devices alone.
+  """
+  devices = jax.local_devices() if local else jax.devices()
+  mesh = jax.sharding.Mesh(np.array(devices), (AXIS,))
   everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   return jax.device_put(tree, everywhere)
 

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from kdseg import checkpoint
+from kdseg import hosts
 from kdseg import state as state_lib
 from kdseg import stopping
 
@@ -199,10 +200,11 @@ def _drop_diverged(
       kept.append(name)
       continue
     step, made_of, values = bad[0]
+    # Of all hosts, who came here alike: what they measured is a mean of all.
+    ids = [i for part in hosts.gather(list(made_of["ids"])) for i in part]
     odd = sorted(k for k, v in values.items() if not math.isfinite(v))
     why = (
-      f"{', '.join(odd)} not finite at step {step}, "
-      f"batch of {', '.join(made_of['ids'])}"
+      f"{', '.join(odd)} not finite at step {step}, batch of {', '.join(ids)}"
     )
     save_bad_batch(name, step, made_of)
     if on_non_finite == "skip" and len(bad) < len(window):
@@ -225,7 +227,7 @@ def _drop_diverged(
         "arm": name,
         "step": step,
         "non_finite": odd,
-        "ids": list(made_of["ids"]),
+        "ids": ids,
       }
     )
   return kept

@@ -424,12 +424,12 @@ def test_arms_that_are_added_are_trained_alone(finished, folder, data_dir):
 
 
 def test_a_group_that_lost_an_arm_half_way_says_which(folder):
-  steps = folder / "groups"
+  steps = folder / "groups" / "checkpoints" / "arms"
   (steps / "000").mkdir(parents=True)
   checkpoint.write_json(steps / "000" / "group.json", ["a-seed0", "b-seed0"])
   plan = experiment.Plan("a", "a", "none", 0)
   with pytest.raises(workdir_lib.WorkdirError, match=r"no more \(b-seed0\)"):
-    experiment._next_group([plan], [plan], steps)
+    experiment._next_group([plan], folder / "groups")
 
 
 # -------------------------------------------------- several teachers, computed

@@ -1,6 +1,7 @@
-"""A small run that can be made to die; for kill_test, in a process of its own.
+"""A small run in a process of its own, for kill_test and hosts_test.
 
   python tests/killed_run.py WORKDIR DATA_DIR [--die-at-rename N]
+      [--coordinator HOST:PORT --hosts N --host I]
 
 Every file that has to be whole gets its name by a rename, so that dying at one
 is dying in the middle of a save. Ends as `kdseg.main` does.
@@ -19,6 +20,7 @@ from tiny_run import TEACHER
 from tiny_run import make_config
 
 from kdseg import experiment
+from kdseg import hosts
 from kdseg import stopping
 
 
@@ -47,7 +49,12 @@ def main():
   parser.add_argument("workdir", type=pathlib.Path)
   parser.add_argument("data_dir", type=pathlib.Path)
   parser.add_argument("--die-at-rename", type=int, default=0)
+  parser.add_argument("--coordinator", default="")
+  parser.add_argument("--hosts", type=int, default=0)
+  parser.add_argument("--host", type=int, default=-1)
   options = parser.parse_args()
+  if options.coordinator:
+    hosts.start(options.coordinator, options.hosts, options.host, timeout=10)
   logging.basicConfig(stream=sys.stdout, format="%(message)s", force=True)
   logging.getLogger("kdseg").setLevel(logging.INFO)
   # Half of a run this small would be compilation.
