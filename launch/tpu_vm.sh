@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs a commit of kdseg on a Google Cloud TPU VM of one host.
+# Runs a commit of kdseg on a Google Cloud TPU VM, of one host or several.
 #
 #   export PROJECT=my-project ZONE=us-west4-a NAME=kdseg
 #   launch/tpu_vm.sh create                    make the VM
@@ -19,8 +19,9 @@
 # runtime, chosen by TYPE); SPOT=1; QUEUED=1 (a queued resource, for create and
 # delete); DRY_RUN=1 prints the commands and runs none. Needs bash 4.4.
 #
-# Several hosts (a TYPE of more than 8) are refused: kdseg does not yet call
-# jax.distributed.initialize.
+# On several hosts (a TYPE of more than 8) each takes its share of every batch;
+# the first writes, and its workdir is what is fetched. They need no disk in
+# common.
 
 set -euo pipefail
 
@@ -128,7 +129,7 @@ if [ \"\$(cat kdseg-src/COMMIT)\" != $commit ]; then
 fi
 KDSEG_COMMIT=$commit nohup kdseg-venv/bin/python -m kdseg.main \\
   --config $(quoted "kdseg-src/$config") \\
-  --workdir $(quoted "$workdir")$flags \\
+  --workdir $(quoted "$workdir")$distributed$flags \\
   > kdseg.log 2>&1 < /dev/null &
 echo \$! > kdseg.pid"
 }
@@ -150,8 +151,11 @@ case "$TYPE" in
   *) VERSION="${VERSION:-tpu-ubuntu2204-base}" ;;
 esac
 [[ "${TYPE##*-}" =~ ^[0-9]+$ ]] || fail "TYPE=$TYPE is no type like v5litepod-8"
-((${TYPE##*-} <= 8)) \
-  || fail "TYPE=$TYPE has several hosts, which kdseg does not support yet"
+# Joins the hosts of the slice.
+distributed=""
+if ((${TYPE##*-} > 8)); then
+  distributed=" --distributed"
+fi
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 commit="$(git -C "$root" rev-parse --short=12 HEAD)"

@@ -144,14 +144,12 @@ def test_the_runtime_follows_the_type(repository, tools, kind, runtime):
   assert f"--version={runtime}" in printed(done)[0]
 
 
-@pytest.mark.parametrize(
-  ("kind", "why"),
-  [("v5litepod-16", "several hosts"), ("v5litepod", "no type like")],
-)
-def test_a_type_that_cannot_work_is_refused(repository, tools, kind, why):
-  done = launch(repository, tools, "tpu_vm.sh", "create", TYPE=kind, **CLOUD)
+def test_a_type_that_is_none_is_refused(repository, tools):
+  done = launch(
+    repository, tools, "tpu_vm.sh", "create", TYPE="v5litepod", **CLOUD
+  )
   assert done.returncode == 1
-  assert why in done.stderr
+  assert "no type like" in done.stderr
   assert not done.stdout
 
 
@@ -514,18 +512,27 @@ def test_slurm_runs_the_gpu_script_from_the_folder_of_the_job(
   assert printed(done) == printed(direct)
 
 
-def test_slurm_refuses_several_nodes(repository, tools):
+def test_slurm_starts_a_process_for_every_task_of_several_nodes(
+  repository, tools, tmp_path
+):
+  make_tool(tools, "srun", f'echo "$@" > {shlex.quote(str(tmp_path))}/srun\n')
   done = launch(
-    repository,
-    tools,
-    "slurm.sbatch",
-    "configs/small.py",
-    "runs/a",
-    SLURM_JOB_NUM_NODES="2",
-    DRY_RUN="1",
+    repository, tools, "slurm.sbatch", "configs/small.py", "runs/a",
+    SLURM_JOB_NUM_NODES="2", SLURM_SUBMIT_DIR=str(repository),
+  )  # fmt: skip
+  assert done.returncode == 0
+  assert (tmp_path / "srun").read_text() == (
+    "--kill-on-bad-exit=1 launch/gpu.sh configs/small.py runs/a --distributed\n"
   )
-  assert done.returncode == 1
-  assert "2 nodes; kdseg runs on one" in done.stderr
+
+
+@pytest.mark.parametrize(
+  ("kind", "joined"), [("v5litepod-8", False), ("v5litepod-16", True)]
+)
+def test_a_slice_of_several_hosts_is_joined(repository, tools, kind, joined):
+  arguments = ("tpu_vm.sh", "run", "configs/small.py", "runs/a")
+  [command] = printed(launch(repository, tools, *arguments, **CLOUD, TYPE=kind))
+  assert ("--workdir runs/a --distributed" in remote(command)) == joined
 
 
 def test_slurm_asks_for_one_node_and_continues_after_preemption():
