@@ -37,7 +37,8 @@ def on_signals() -> Iterator[Stop]:
   """Yields a function that says whether SIGTERM or SIGINT came.
 
   Outside the main thread, where Python lets nobody listen to signals, it never
-  does.
+  does; nor of a signal that was ignored before, as Ctrl-C is in the background
+  of a shell.
   """
   asked = threading.Event()
   if threading.current_thread() is not threading.main_thread():
@@ -47,14 +48,18 @@ def on_signals() -> Iterator[Stop]:
   def note(number: int, frame: Any) -> None:
     del frame
     asked.set()
-    for other in SIGNALS:
-      signal.signal(other, before[other])
+    for other, handler in before.items():
+      signal.signal(other, handler)
     _LOG.warning(
       "%s: stopping as soon as what was done is saved; once more stops at once",
       signal.Signals(number).name,
     )
 
-  before = {number: signal.signal(number, note) for number in SIGNALS}
+  before = {
+    number: signal.signal(number, note)
+    for number in SIGNALS
+    if signal.getsignal(number) != signal.SIG_IGN
+  }
   try:
     yield asked.is_set
   finally:

@@ -1,6 +1,6 @@
 """Two processes as two hosts, against one process with two devices.
 
-KDSEG_HOSTS=1 pytest tests/hosts_test.py
+KDSEG_HOSTS=1 pytest -n 0 tests/hosts_test.py
 """
 
 import csv

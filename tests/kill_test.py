@@ -3,7 +3,7 @@
 KDSEG_KILLS says how often; unset, these tests are skipped, as each kill takes
 half a minute:
 
-  KDSEG_KILLS=24 pytest tests/kill_test.py -s
+  KDSEG_KILLS=24 pytest -n 0 tests/kill_test.py -s
 """
 
 import os

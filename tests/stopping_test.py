@@ -9,6 +9,14 @@ import pytest
 from kdseg import stopping
 
 
+@pytest.fixture(autouse=True)
+def usual_signals():
+  """As in a terminal; in the background of a shell Ctrl-C is ignored."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", stopping.SIGNALS)
 def test_the_first_signal_only_leaves_word(number):
   with stopping.on_signals() as stop:
@@ -23,6 +31,14 @@ def test_the_second_signal_ends_it_at_once():
     assert stop()
     with pytest.raises(KeyboardInterrupt):
       os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_signal_that_was_ignored_stays_so():
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  with stopping.on_signals() as stop:
+    os.kill(os.getpid(), signal.SIGINT)
+    assert not stop()
+  assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
 
 def test_afterwards_signals_are_as_before():
