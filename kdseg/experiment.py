@@ -222,6 +222,12 @@ def check(
     raise
   except ValueError as error:
     raise ConfigError(str(error)) from error
+  except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+    # None in the place of a number, a text in the place of a dict, ...
+    raise ConfigError(
+      f"a value is of another kind than it has to be ({error}); compare the "
+      "config with those in configs/"
+    ) from error
   return plans, methods
 
 

@@ -14,6 +14,7 @@ import argparse
 from collections.abc import Iterator
 from collections.abc import Sequence
 import csv
+import os
 import pathlib
 import sys
 import time
@@ -62,9 +63,13 @@ def name_outputs(paths: Sequence[pathlib.Path]) -> list[str]:
   taken: set[str] = set()
   names = []
   for path in paths:
-    name, number = f"{path.stem}.png", 2
+    # Room for a number and the suffix in the 255 bytes of a name.
+    stem = path.stem
+    if len(os.fsencode(stem)) > 240:
+      stem = os.fsencode(stem)[:240].decode(errors="ignore")
+    name, number = f"{stem}.png", 2
     while name.lower() in taken:
-      name, number = f"{path.stem}_{number}.png", number + 1
+      name, number = f"{stem}_{number}.png", number + 1
     taken.add(name.lower())
     names.append(name)
   return names
@@ -165,10 +170,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         file.flush()
         if row["error"]:
           failed += 1
-          print(_printable(f"kdseg: {row['error']}"), file=sys.stderr)
+          print(archives.shown(f"kdseg: {row['error']}"), file=sys.stderr)
         else:
           print(
-            _printable(
+            archives.shown(
               f"{row['file']}: lesion on {float(row['area_share']):.1%} of the "
               f"image, confidence {row['confidence']}"
             )
@@ -178,10 +183,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 2
   print(f"{len(paths) - failed} of {len(paths)} segmented; see {out}")
   return 1 if failed else 0
-
-
-def _printable(text: str) -> str:
-  return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 if __name__ == "__main__":

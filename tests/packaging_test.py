@@ -13,7 +13,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Each line imports only from itself and from lines below it.
 LAYERS = (
-  ("main", "predict"),
+  ("main", "predict", "doctor"),
   ("deploy",),
   ("plan",),
   ("experiment",),

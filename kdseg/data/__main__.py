@@ -43,10 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
       manual_dir=arguments.manual_dir,
       **options,
     )
+    metadata = pipeline.read_metadata(builder)
   except DataError as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
-  metadata = builder.info.metadata
   print(f"{arguments.name} is prepared in {builder.data_dir}")
   for split, info in builder.info.splits.items():
     print(

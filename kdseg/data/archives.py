@@ -14,15 +14,24 @@ import hashlib
 import os
 import pathlib
 import stat
+import unicodedata
 import zipfile
-import zlib
 
 # A 50-megapixel 24-bit bitmap has 150 MB; the largest official image has 37.
 MAX_FILE_BYTES = 256 * 2**20
+# What an archive may claim to unpack to; the largest official one has 0.7 GB.
+MAX_ARCHIVE_BYTES = 16 * 2**30
 MAX_FILES = 200_000
 
+# Of the others zipfile unpacks a piece whole, however much it becomes: 400
+# bytes of bzip2 are 300 MB.
+_BOUNDED_METHODS = frozenset({zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED})
+# Controls, halves of characters (a name that is not UTF-8) and line ends: they
+# steer terminals, break tables, or cannot be stored.
+_REFUSED_CATEGORIES = frozenset({"Cc", "Cs", "Zl", "Zp"})
 _IGNORED_DIRECTORIES = frozenset({"__MACOSX"})
-_IGNORED_NAMES = frozenset({"thumbs.db", "desktop.ini"})
+# The last one is how macOS calls a folder's own icon.
+_IGNORED_NAMES = frozenset({"thumbs.db", "desktop.ini", "icon\r"})
 _IGNORED_STEMS = (
   "readme",
   "license",
@@ -73,6 +82,16 @@ class File:
     return pathlib.PurePosixPath(self.name).suffix.lower()
 
 
+def shown(text: object) -> str:
+  r"""A name as it may be printed anywhere: `\x1b[2J` and not what it does."""
+  return "".join(
+    character
+    if character.isprintable()
+    else character.encode("unicode_escape").decode()
+    for character in str(text)
+  )
+
+
 def in_memory(path: str, source: str, content: bytes) -> File:
   """A file whose content is already there."""
   return File(path, source, f"{source}: {path}", len(content), lambda: content)
@@ -92,8 +111,8 @@ def list_files(path: str | os.PathLike[str]) -> tuple[File, ...]:
 
   Raises:
     DataError: if there is no such path, if it is a `.rar` or another kind of
-      file, if the archive is damaged, or if a member's name or size is not
-      what an honest archive contains.
+      file, if the archive is damaged, if a member's name, kind or size is not
+      what an honest archive contains, or if a name cannot be printed.
   """
   path = pathlib.Path(path)
   if path.is_dir():
@@ -143,14 +162,15 @@ def _is_ignored(path: str) -> bool:
 
 def _list_folder(root: pathlib.Path) -> list[File]:
   files = []
-  for directory, _, names in os.walk(root):
+  for directory, _, names in os.walk(root, onerror=_raise_unlisted):
     for name in names:
       path = pathlib.Path(directory, name)
       relative = path.relative_to(root).as_posix()
       if _is_ignored(relative):
         continue
+      _refuse_unprintable(shown(path), relative)
       size = _size_on_disk(path)
-      read = functools.partial(_read_path, path)
+      read = functools.partial(read_path, path)
       files.append(File(relative, str(root), str(path), size, read))
       if len(files) > MAX_FILES:
         raise DataError(
@@ -160,27 +180,48 @@ def _list_folder(root: pathlib.Path) -> list[File]:
   return files
 
 
+def _raise_unlisted(error: OSError) -> None:
+  raise DataError(
+    f"{shown(error.filename)} cannot be listed: {error.strerror}."
+  ) from None
+
+
 def _size_on_disk(path: pathlib.Path) -> int:
   try:
-    size = path.stat().st_size
+    status = path.stat()
   except OSError as error:
-    raise DataError(f"{path} cannot be read: {error.strerror}.") from None
-  if size > MAX_FILE_BYTES:
-    raise DataError(_too_large(str(path), size))
-  return size
+    raise DataError(
+      f"{shown(path)} cannot be read: {error.strerror}."
+    ) from None
+  if not stat.S_ISREG(status.st_mode):
+    # A pipe is waited for, and a device has no end.
+    raise DataError(f"{shown(path)} is no plain file; remove it.")
+  if status.st_size > MAX_FILE_BYTES:
+    raise DataError(_too_large(shown(path), status.st_size))
+  return status.st_size
 
 
-def _read_path(path: pathlib.Path) -> bytes:
+def read_path(path: pathlib.Path) -> bytes:
+  """Reads a plain file; raises `DataError` if it is none, or too large."""
+  _size_on_disk(path)
   try:
-    return path.read_bytes()
+    with path.open("rb") as file:
+      content = file.read(MAX_FILE_BYTES + 1)
   except OSError as error:
-    raise DataError(f"{path} cannot be read: {error.strerror}.") from None
+    raise DataError(
+      f"{shown(path)} cannot be read: {error.strerror}."
+    ) from None
+  if len(content) > MAX_FILE_BYTES:
+    raise DataError(_too_large(shown(path), len(content)))
+  return content
 
 
 def _list_zip(path: pathlib.Path) -> list[File]:
   try:
     archive = zipfile.ZipFile(path)
-  except (zipfile.BadZipFile, OSError, ValueError) as error:
+  except Exception as error:
+    # BadZipFile is the one that zipfile documents; damaged headers raise
+    # NotImplementedError, struct.error and others.
     raise DataError(
       f"{path} is no readable zip archive ({error}); it may be cut off:"
       " download it again."
@@ -191,17 +232,41 @@ def _list_zip(path: pathlib.Path) -> list[File]:
       f"{path} lists {len(members)} members, more than {MAX_FILES}: this is"
       " not an archive of this data set."
     )
+  claimed = sum(member.file_size for member in members)
+  if claimed > MAX_ARCHIVE_BYTES:
+    raise DataError(
+      f"{path} would unpack to {claimed / 2**30:.0f} GiB, more than the limit"
+      f" of {MAX_ARCHIVE_BYTES // 2**30} GiB; refusing it. Download the archive"
+      " again from its official page."
+    )
   files = []
   for member in members:
     if member.is_dir():
       continue
     _refuse_unsafe(path, member)
-    read = functools.partial(_read_member, archive, member, path)
-    where = f"{path}: {member.filename}"
+    if _is_ignored(member.filename):
+      continue
+    where = f"{path}: {shown(member.filename)}"
+    _refuse_unprintable(where, member.filename)
+    if member.compress_type not in _BOUNDED_METHODS:
+      raise DataError(
+        f"{where} is compressed by method {member.compress_type}, which may"
+        " unpack to any size; only stored and deflated members are read."
+        " Unpack the archive and leave its folder in its place."
+      )
+    read = functools.partial(_read_member, archive, member, where)
     files.append(
       File(member.filename, str(path), where, member.file_size, read)
     )
   return files
+
+
+def _refuse_unprintable(where: str, name: str) -> None:
+  if any(unicodedata.category(c) in _REFUSED_CATEGORIES for c in name):
+    raise DataError(
+      f"{where} has a name with a control character, a line end, or bytes that"
+      " are not UTF-8; rename it."
+    )
 
 
 def _refuse_unsafe(path: pathlib.Path, member: zipfile.ZipInfo) -> None:
@@ -230,27 +295,22 @@ def _refuse_unsafe(path: pathlib.Path, member: zipfile.ZipInfo) -> None:
 
 
 def _read_member(
-  archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: pathlib.Path
+  archive: zipfile.ZipFile, member: zipfile.ZipInfo, where: str
 ) -> bytes:
-  where = f"{path}: {member.filename}"
+  if member.flag_bits & 1:
+    raise DataError(
+      f"{where} cannot be read, as it is encrypted; the official archives have"
+      " no password."
+    )
+  # The size in the directory is a claim: no more than it is unpacked.
+  limit = min(member.file_size, MAX_FILE_BYTES) + 1
   try:
     with archive.open(member) as file:
-      # The size in the directory is a claim; the limit holds regardless.
-      content = file.read(MAX_FILE_BYTES + 1)
-  except RuntimeError as error:  # encrypted
+      content = file.read(limit)
+  except Exception as error:
+    # BadZipFile, zlib.error, EOFError, UnicodeDecodeError, struct.error, ...
     raise DataError(
-      f"{where} cannot be read ({error}); the official archives have no"
-      " password."
-    ) from None
-  except (
-    zipfile.BadZipFile,
-    zlib.error,
-    EOFError,
-    NotImplementedError,
-    OSError,
-  ) as error:
-    raise DataError(
-      f"{where} is damaged ({error}); download the archive again."
+      f"{where} is damaged ({shown(error)}); download the archive again."
     ) from None
   if len(content) > MAX_FILE_BYTES:
     raise DataError(_too_large(where, len(content)))

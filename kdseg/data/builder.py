@@ -24,6 +24,9 @@ from kdseg.data.pairs import Pair
 # tfrecord, the default of tfds, needs TensorFlow to be read.
 FILE_FORMAT = "array_record"
 
+# What `info.metadata` says of the files that the records were made from.
+METADATA = ("official_count", "found_count", "excluded", "notes", "stamp")
+
 Download = Callable[[Mapping[str, str]], Mapping[str, os.PathLike[str]]]
 
 

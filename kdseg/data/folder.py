@@ -25,6 +25,8 @@ from kdseg.data.pairs import Pair
 SPLITS = ("train", "validation", "test")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
 
+MAX_NAME_BYTES = 255  # of most file systems
+
 _MASK_ENDING = re.compile(r"_(?:mask|segmentation|lesion)$", re.IGNORECASE)
 
 
@@ -106,6 +108,7 @@ def take_inventory(directory: pathlib.Path) -> Inventory:
       problems += its_problems
       files += its_files
     problems += _shared_ids(directory, splits)
+  problems += _unfit_for_files(directory, splits)
   counts = {name: len(found) for name, found in splits.items() if found}
   return Inventory(
     splits={name: found for name, found in splits.items() if found},
@@ -177,6 +180,28 @@ def _match(
     for stem in sorted(images.keys() & masks.keys())
   ]
   return matched, problems, listed
+
+
+def _unfit_for_files(
+  directory: pathlib.Path, splits: dict[str, tuple[Pair, ...]]
+) -> list[str]:
+  """Names ids that cannot each have a file in one folder of predictions."""
+  problems = []
+  taken: dict[str, str] = {}
+  for found in splits.values():
+    for pair in found:
+      flat = pair.id.replace("/", "_")
+      if len(f"{flat}.png".encode()) > MAX_NAME_BYTES:
+        problems.append(
+          f"{directory}: {pair.id} is too long for the name of a prediction,"
+          f" {flat}.png (more than {MAX_NAME_BYTES} bytes). Rename it."
+        )
+      if taken.setdefault(flat, pair.id) != pair.id:
+        problems.append(
+          f"{directory}: predictions for {taken[flat]} and {pair.id} would both"
+          f" be called {flat}.png. Rename one."
+        )
+  return problems
 
 
 def _shared_ids(

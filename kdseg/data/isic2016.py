@@ -368,10 +368,17 @@ def _record_checksums(paths: Mapping[str, pathlib.Path]) -> None:
   taken at its word and written beside the downloads.
 
   Raises:
-    DataError: if an archive is not the one downloaded before.
+    DataError: if an archive is not the one downloaded before, or the record is
+      damaged.
   """
   record = next(iter(paths.values())).parent / "isic2016_checksums.json"
-  known = json.loads(record.read_text()) if record.exists() else {}
+  try:
+    known = json.loads(record.read_text()) if record.exists() else {}
+  except ValueError as error:
+    raise DataError(
+      f"{record} is damaged ({error}), so that the archives cannot be held to"
+      " it. Delete it to take them as they are now."
+    ) from None
   found = {
     ARCHIVES[part]: archives.sha256(path) for part, path in paths.items()
   }

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import dataclasses
 import hashlib
 import io
+import threading
 import warnings
 
 import numpy as np
@@ -24,6 +25,8 @@ MAX_PIXELS = 100_000_000
 
 GREY_MASKS = ("error", "threshold")
 
+# The filters of warnings belong to all threads.
+_FILTERS = threading.Lock()
 _FORMATS = ("JPEG", "PNG", "BMP", "TIFF")
 _MASK_MODES = frozenset({"1", "L", "P", "RGB", "RGBA", "LA"})
 IMAGE_MODES = frozenset({"RGB", "L", "P", "RGBA", "LA", "CMYK", "YCbCr"})
@@ -218,9 +221,16 @@ def encode_png(array: np.ndarray) -> bytes:
 
 def keep_or_encode(content: bytes, image: np.ndarray) -> bytes:
   """The encoded image as it came, if any reader decodes it to RGB; else PNG."""
-  with Image.open(io.BytesIO(content), formats=_FORMATS) as header:
+  with _open_header(content) as header:
     keep = header.format in ("JPEG", "PNG") and header.mode == "RGB"
   return content if keep else encode_png(image)
+
+
+def _open_header(content: bytes) -> Image.Image:
+  # Pillow warns of what is smaller than our own limit.
+  with _FILTERS, warnings.catch_warnings():
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    return Image.open(io.BytesIO(content), formats=_FORMATS)
 
 
 def open_image(content: bytes, where: str) -> Image.Image:
@@ -239,18 +249,21 @@ def open_image(content: bytes, where: str) -> Image.Image:
   if not content:
     raise DataError(f"{where} is empty; replace it by the original file.")
   try:
-    with warnings.catch_warnings():
-      warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-      image = Image.open(io.BytesIO(content), formats=_FORMATS)
-      width, height = image.size
-      if width * height > MAX_PIXELS:
-        raise DataError(
-          f"{where} claims {width}x{height} pixels, more than the limit of"
-          f" {MAX_PIXELS}; refusing to decode it."
-        )
-      image.load()
-  except Image.DecompressionBombError as error:
-    raise DataError(f"{where}: {error}") from None
+    image = _open_header(content)
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+      raise DataError(
+        f"{where} claims {width}x{height} pixels, more than the limit of"
+        f" {MAX_PIXELS}; refusing to decode it. Replace it by the original"
+        " file, or by a smaller copy."
+      )
+    image.load()
+  except Image.DecompressionBombError:
+    # Pillow's own limit is higher, but comes before width and height.
+    raise DataError(
+      f"{where} claims more pixels than the limit of {MAX_PIXELS}; refusing to"
+      " decode it. Replace it by the original file, or by a smaller copy."
+    ) from None
   except DataError:
     raise
   except UnidentifiedImageError:
@@ -262,7 +275,7 @@ def open_image(content: bytes, where: str) -> Image.Image:
   except Exception as error:
     # Pillow's decoders raise OSError, SyntaxError, struct.error and others.
     raise DataError(
-      f"{where} cannot be decoded ({error}): it is cut off or no image."
-      " Replace it by the original file."
+      f"{where} cannot be decoded ({archives.shown(error)}): it is cut off or"
+      " no image. Replace it by the original file."
     ) from None
   return image

@@ -8,25 +8,30 @@ position and two arms of a comparison see the same batches.
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
+from collections.abc import Mapping
 from concurrent import futures
 import dataclasses
 import hashlib
 import io
+import itertools
 import os
 import pathlib
 import queue
 import threading
 import types
 from typing import Any
+from typing import NamedTuple
 from typing import TypeVar
 
 import numpy as np
 from PIL import Image
 import tensorflow_datasets as tfds
 
+from kdseg.data import archives
 from kdseg.data import builder as builder_lib
 from kdseg.data import folder
 from kdseg.data import isic2016
+from kdseg.data import pairs
 from kdseg.data import ph2
 from kdseg.data import synthetic
 from kdseg.data.archives import DataError
@@ -43,6 +48,14 @@ BUILDERS = types.MappingProxyType(
     "folder": folder.Folder,
   }
 )
+
+
+class Record(NamedTuple):
+  """One example as it lies prepared, image and mask still encoded."""
+
+  id: str
+  image: bytes
+  mask: bytes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,7 +95,7 @@ class Arrays:
 
   def native_mask(self, index: int) -> np.ndarray:
     """The mask of one example at its own size, bool [h, w]."""
-    return _to_mask(self.native_masks[index])
+    return pairs.mask_values(self.native_masks[index], self.ids[index]) > 128
 
   def native_size(self, index: int) -> tuple[int, int]:
     """Height and width of one example's own image, in pixels."""
@@ -128,35 +141,30 @@ def load(
       f"{name} has no split {split!r}, only"
       f" {', '.join(sorted(builder.info.splits))}."
     )
-  source = builder.as_data_source(
-    split,
-    decoders={
-      "image": tfds.decode.SkipDecoding(),
-      "mask": tfds.decode.SkipDecoding(),
-    },
-  )
-  count = len(source)
+  count = builder.info.splits[split].num_examples
   ids = [""] * count
   native_masks = [b""] * count
   image = np.empty((count, size, size, 3), np.uint8)
   mask = np.empty((count, size, size), np.uint8)
 
-  def fill(index: int, record: dict[str, bytes]) -> None:
-    ids[index] = record["id"].decode()
-    native_masks[index] = bytes(record["mask"])
-    image[index] = resize_image(_to_image(record["image"]), size)
-    mask[index] = resize_mask(_to_mask(record["mask"]), size)
+  def fill(index: int, record: Record) -> None:
+    where = f"{builder.data_dir}: {split}/{record.id}"
+    ids[index] = record.id
+    native_masks[index] = record.mask
+    image[index] = resize_image(pairs.decode_image(record.image, where), size)
+    lesion = pairs.mask_values(record.mask, f"{where} (mask)") > 128
+    mask[index] = resize_mask(lesion, size)
 
   # Pillow decodes and resizes outside the interpreter's lock. In pieces, as
   # the full-size images take more memory together than is worth holding.
+  stream = read_records(builder, split)
   with futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
     for start in range(0, count, 64):
-      indices = range(start, min(start + 64, count))
-      records = [source[index] for index in indices]
-      for _ in pool.map(fill, indices, records):
+      records = list(itertools.islice(stream, 64))
+      for _ in pool.map(fill, itertools.count(start), records):
         pass
 
-  metadata = builder.info.metadata
+  metadata = read_metadata(builder)
   return Arrays(
     name=name,
     split=split,
@@ -227,18 +235,81 @@ def is_prepared(builder: builder_lib.PairBuilder) -> bool:
   return (pathlib.Path(builder.data_dir) / "dataset_info.json").exists()
 
 
+def read_records(
+  builder: builder_lib.PairBuilder, split: str
+) -> Iterator[Record]:
+  """Yields every example of a prepared split, in order.
+
+  Raises:
+    DataError: if the records are damaged; names their folder.
+  """
+  undecoded = tfds.decode.SkipDecoding()
+  try:
+    source = builder.as_data_source(
+      split, decoders={"image": undecoded, "mask": undecoded}
+    )
+    for index in range(len(source)):
+      record = source[index]
+      yield Record(
+        record["id"].decode(), bytes(record["image"]), bytes(record["mask"])
+      )
+  except Exception as error:
+    # A damaged file gives RuntimeError or None in the place of bytes.
+    raise DataError(_damaged(builder.data_dir, archives.shown(error))) from None
+
+
+def read_metadata(builder: builder_lib.PairBuilder) -> Mapping[str, Any]:
+  """What was found of the official release when the data were prepared.
+
+  Raises:
+    DataError: if it is not there; names its folder.
+  """
+  metadata = builder.info.metadata
+  missing = [key for key in builder_lib.METADATA if key not in metadata]
+  if missing:
+    raise DataError(
+      _damaged(builder.data_dir, f"metadata.json has no {missing[0]}")
+    )
+  return metadata
+
+
+def _damaged(folder: str | os.PathLike[str], error: object) -> str:
+  return (
+    f"what lies prepared in {folder} is damaged ({error}). Delete that folder"
+    " to prepare it anew."
+  )
+
+
 def make_builder(
   name: str,
   *,
   data_dir: str | os.PathLike[str] | None = None,
   **options: Any,
 ) -> builder_lib.PairBuilder:
-  """The tfds builder of a data set, not prepared; knows kdseg's names only."""
+  """The tfds builder of a data set, not prepared; knows kdseg's names only.
+
+  Raises:
+    DataError: on an unknown name, or if what lies prepared is damaged.
+    TypeError: on an option that the data set does not have.
+    ValueError: on a value that an option does not have.
+  """
   if name not in BUILDERS:
     raise DataError(
       f"no data set is called {name!r}; there are {', '.join(BUILDERS)}."
     )
-  return BUILDERS[name](data_dir=data_dir, **options)
+  try:
+    return BUILDERS[name](data_dir=data_dir, **options)
+  except Exception as error:
+    if isinstance(error, OSError | TypeError | ValueError) and not isinstance(
+      error, UnicodeDecodeError
+    ):
+      raise
+    # tfds reads the dataset_info.json of an earlier run, whatever became of it,
+    # and raises ParseError or AssertionError.
+    root = data_dir or tfds.core.constants.DATA_DIR
+    raise DataError(
+      _damaged(pathlib.Path(root) / name, archives.shown(error))
+    ) from None
 
 
 def _check_same_files(
@@ -248,7 +319,7 @@ def _check_same_files(
   if manual_dir is None:
     return
   stamp = builder.inventory(manual_dir).stamp
-  if stamp != builder.info.metadata["stamp"]:
+  if stamp != read_metadata(builder)["stamp"]:
     raise DataError(
       f"{builder.data_dir} was prepared from other files than those in"
       f" {manual_dir}. Delete it to prepare it anew, or name another data_dir."
@@ -492,13 +563,3 @@ def fingerprint(arrays: Arrays) -> str:
     add(repr(mask.shape).encode())
     add(np.packbits(mask).tobytes())
   return digest.hexdigest()
-
-
-def _to_image(content: bytes) -> np.ndarray:
-  with Image.open(io.BytesIO(content)) as image:
-    return np.asarray(image.convert("RGB"))
-
-
-def _to_mask(content: bytes) -> np.ndarray:
-  with Image.open(io.BytesIO(content)) as mask:
-    return np.asarray(mask.convert("L")) > 128

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from scipy import fft
-import tensorflow_datasets as tfds
 import tqdm
 
 from kdseg.data import archives
@@ -141,17 +140,10 @@ def verify(
 
 def prepared_inventory(builder: builder_lib.PairBuilder) -> Inventory:
   """The inventory of a prepared data set, read from its records."""
-  metadata = builder.info.metadata
-  splits = {}
-  for split in builder.info.splits:
-    source = builder.as_data_source(
-      split,
-      decoders={
-        "image": tfds.decode.SkipDecoding(),
-        "mask": tfds.decode.SkipDecoding(),
-      },
-    )
-    splits[split] = tuple(_record_pairs(source, f"{builder.name}/{split}"))
+  metadata = pipeline.read_metadata(builder)
+  splits = {
+    split: tuple(_record_pairs(builder, split)) for split in builder.info.splits
+  }
   return Inventory(
     splits=splits,
     official=metadata["official_count"],
@@ -347,11 +339,11 @@ def _split(label: str) -> str:
   return label.split("/", 1)[0]
 
 
-def _record_pairs(source: Any, where: str) -> Iterator[Pair]:
-  for index in range(len(source)):
-    record = source[index]
-    id_ = record["id"].decode()
-    image, mask = bytes(record["image"]), bytes(record["mask"])
+def _record_pairs(
+  builder: builder_lib.PairBuilder, split: str
+) -> Iterator[Pair]:
+  where = f"{builder.name}/{split}"
+  for id_, image, mask in pipeline.read_records(builder, split):
     yield Pair(
       id_,
       archives.in_memory(f"{id_}.image", where, image),

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 import glob
+import os
 import pathlib
 
 import numpy as np
@@ -24,18 +25,24 @@ def find(names: Iterable[str]) -> list[pathlib.Path]:
   for name in names:
     path = pathlib.Path(name)
     matches = [path]
-    if not path.exists():
+    # Not `path.exists`, which raises on a name too long to be one.
+    if not os.path.exists(path):
       # As a shell would do it, for one that did not.
       matches = [pathlib.Path(m) for m in sorted(glob.glob(name))] or [path]
     for match in matches:
-      found |= dict.fromkeys(_inside(match) if match.is_dir() else [match])
+      inside = _inside(match) if os.path.isdir(match) else [match]
+      found |= dict.fromkeys(inside)
   return list(found)
 
 
 def _inside(folder: pathlib.Path) -> list[pathlib.Path]:
+  try:
+    everything = sorted(folder.iterdir())
+  except OSError:
+    everything = []
   images = [
     path
-    for path in sorted(folder.iterdir())
+    for path in everything
     if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
   ]
   return images or [folder]
@@ -50,39 +57,39 @@ def read(path: pathlib.Path) -> np.ndarray:
   Raises:
     DataError: if it is no image, cut off, too large, or of an unknown kind.
   """
-  if path.is_dir():
-    raise archives.DataError(f"{path} is a folder without images")
-  try:
-    content = path.read_bytes()
-  except OSError as error:
-    raise archives.DataError(f"{path} cannot be read: {error}") from error
-  image = pairs.open_image(content, str(path))
+  where = archives.shown(path)
+  if os.path.isdir(path):
+    raise archives.DataError(
+      f"{where} is a folder without images, or one that may not be listed; "
+      "name a file, or another folder."
+    )
+  image = pairs.open_image(archives.read_path(path), where)
   try:
     image = ImageOps.exif_transpose(image)
   except Exception as error:
     # Pillow's readers of EXIF raise SyntaxError, struct.error and others.
     raise archives.DataError(
-      f"{path} has damaged EXIF data ({error}), so that it is not known which "
-      "way up it is; save it again without them."
+      f"{where} has damaged EXIF data ({archives.shown(error)}), so that it is "
+      "not known which way up it is; save it again without them."
     ) from error
   if image.mode == "1":
     image = image.convert("L")
   if image.mode.startswith("I"):
-    return _from_16_bit(image, path)
+    return _from_16_bit(image, where)
   if image.mode not in pairs.IMAGE_MODES:
     raise archives.DataError(
-      f"{path} has pixels of kind {image.mode!r}; convert it to 8-bit RGB."
+      f"{where} has pixels of kind {image.mode!r}; convert it to 8-bit RGB."
     )
   return np.array(image.convert("RGB"))
 
 
-def _from_16_bit(image: Image.Image, path: pathlib.Path) -> np.ndarray:
+def _from_16_bit(image: Image.Image, where: str) -> np.ndarray:
   grey = np.asarray(image).astype(np.int64)
   # A picture of 32 bits may hold 8-bit values: which, it does not say.
   narrow = image.mode == "I" and grey.max() <= 0xFF
   if grey.min() < 0 or grey.max() > 0xFFFF or narrow:
     raise archives.DataError(
-      f"{path} has pixels from {grey.min()} to {grey.max()} in a picture of "
+      f"{where} has pixels from {grey.min()} to {grey.max()} in a picture of "
       f"kind {image.mode!r}, not 16-bit ones; convert it to 8-bit RGB."
     )
   # 65535 / 255 = 257, without a remainder.

@@ -78,7 +78,8 @@ def load(
     with safetensors.safe_open(path, framework="numpy") as file:
       metadata = file.metadata() or {}
       arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-  except (OSError, safetensors.SafetensorError) as error:
+  # AttributeError: of a kind of number that numpy does not have.
+  except (AttributeError, OSError, safetensors.SafetensorError) as error:
     raise WeightsError(
       f"{path} cannot be read as safetensors: {error}"
     ) from error
@@ -97,9 +98,14 @@ def load(
       key: value if key == "format" else json.loads(value)
       for key, value in metadata.items()
     }
-  except json.JSONDecodeError as error:
+  except (RecursionError, ValueError) as error:
     raise WeightsError(f"{path}: its metadata are damaged: {error}") from error
   check(about, str(path))
+  odd = [name for name, array in arrays.items() if array.dtype.kind not in "fV"]
+  if odd:
+    raise WeightsError(
+      f"{path}: {odd[0]} is of {arrays[odd[0]].dtype}, not of real numbers"
+    )
   bad = [name for name, array in arrays.items() if not np.isfinite(array).all()]
   if bad:
     raise WeightsError(f"{path}: {bad[0]} is not finite")
@@ -113,7 +119,8 @@ def check(about: Mapping[str, Any], where: str) -> None:
     WeightsError: on a size, a threshold or options of another kind.
   """
   size, threshold = about["size"], about["threshold"]
-  if not (isinstance(size, int) and 0 < size <= 8192):
+  whole = isinstance(size, int) and not isinstance(size, bool)
+  if not (whole and 0 < size <= 8192):
     raise WeightsError(f"{where}: size is {size!r}, not a side in pixels")
   if not (isinstance(threshold, float) and 0.0 < threshold < 1.0):
     raise WeightsError(f"{where}: threshold is {threshold!r}, not in (0, 1)")

@@ -30,7 +30,13 @@ _WHOLE = frozenset(
   ("seed", "height", "width", "empty_prediction", *metrics.COUNTS)
 )
 _TEXT = frozenset(("arm", "dataset", "id"))
-_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "'")
+# The last four before the apostrophe are the same at full width, which some
+# spreadsheets take for the plain ones.
+_FORMULA_STARTS = (
+  *("=", "+", "-", "@", "\t", "\r", "\n"),
+  *("\uff1d", "\uff0b", "\uff0d", "\uff20", "'"),
+)
+_SHOWN = 60  # characters of a cell, in a message
 
 Row = dict[str, str | int | float]
 Group = tuple[str, int, str]  # arm, seed, dataset
@@ -51,7 +57,9 @@ def groups(rows: Iterable[Row]) -> dict[Group, list[Row]]:
 
 def safe_cell(text: str) -> str:
   """Makes a text that no spreadsheet takes for a formula."""
-  return "'" + text if text.startswith(_FORMULA_STARTS) else text
+  # Some take the spaces off first.
+  is_risky = text.lstrip(" ").startswith(_FORMULA_STARTS)
+  return "'" + text if is_risky else text
 
 
 def read(path: str | os.PathLike[str]) -> list[Row]:
@@ -71,7 +79,7 @@ def read(path: str | os.PathLike[str]) -> list[Row]:
   """
   rows, cut = _parse(path)
   if cut is not None:
-    name = f" of {cut[0]}" if cut and cut[0] else ""
+    name = f" of {_shown(cut[0])}" if cut and cut[0] else ""
     raise ValueError(
       f"{path} ends within a row{name}: the group it belongs to is not whole. "
       "Start the run again, which scores it anew (`recover` reads the rest)"
@@ -187,7 +195,8 @@ def append(
     wanted = set((expected or {}).get(dataset, _ids(members)))
     if _ids(members) != wanted:
       raise ValueError(
-        f"{arm}, seed {seed}, has {len(members)} rows for {dataset}, which "
+        f"{_shown(arm)}, seed {seed}, has {len(members)} rows for "
+        f"{_shown(dataset)}, which "
         f"has {len(wanted)} images; {min(wanted ^ _ids(members))!r} is in "
         "only one of the two"
       )
@@ -197,8 +206,8 @@ def append(
   if there:
     arm, seed, dataset = min(there)
     raise ValueError(
-      f"{path} already has the scores of {arm}, seed {seed}, on {dataset}; "
-      "a run is scored once"
+      f"{path} already has the scores of {_shown(arm)}, seed {seed}, on "
+      f"{_shown(dataset)}; a run is scored once"
     )
   write(path, kept + rows)
   return dropped
@@ -226,8 +235,8 @@ def merge(*tables: Iterable[Row]) -> list[Row]:
         arm, seed, dataset = group
         raise ValueError(
           f"table {number} has other scores than an earlier table for "
-          f"{arm}, seed {seed}, on {dataset}: rename the arm in one of them, "
-          "or leave one out"
+          f"{_shown(arm)}, seed {seed}, on {_shown(dataset)}: rename the arm "
+          "in one of them, or leave one out"
         )
   return [row for members in result.values() for row in members]
 
@@ -246,14 +255,22 @@ def _parse(
   """Gives the rows, and the cells of a last row that is cut off, if any."""
   text = pathlib.Path(path).read_bytes().decode("utf-8", "surrogateescape")
   reader = csv.reader(io.StringIO(text, newline=""))
-  header = next(reader, [])
+  try:
+    header = next(reader, [])
+    # The number of a row's last line, for a message one can act on.
+    lines = [(reader.line_num, cells) for cells in reader]
+  except csv.Error as error:
+    raise ValueError(
+      f"{path}, line {reader.line_num}: no CSV ({error}); put a copy in its "
+      "place, or delete it and start the run again, which scores it anew"
+    ) from None
   # A line end within quotes belongs to a name.
   cut = not text.endswith("\n") or text.count('"') % 2 == 1
   if tuple(header) != COLUMNS:
     if cut and ",".join(COLUMNS).startswith(text):
       return [], []
     missing = [name for name in COLUMNS if name not in header]
-    unknown = [name for name in header if name not in COLUMNS]
+    unknown = [_shown(name) for name in header if name not in COLUMNS]
     raise ValueError(
       f"{path}: not the columns of a scores.csv (missing: "
       f"{', '.join(missing) or 'none'}; unknown: "
@@ -261,8 +278,6 @@ def _parse(
       f"{', '.join(COLUMNS)})"
     )
   rows: list[Row] = []
-  # The number of a row's last line, for a message one can act on.
-  lines = [(reader.line_num, cells) for cells in reader]
   for position, (number, cells) in enumerate(lines):
     where = f"{path}, line {number}"
     if cut and position == len(lines) - 1:
@@ -295,9 +310,14 @@ def _row(cells: Sequence[str], where: str) -> Row:
       row[name] = _name(cell)
       continue
     try:
+      # Python also reads "1_0" and digits of other scripts.
+      if "_" in cell or not cell.isascii():
+        raise ValueError
       row[name] = int(cell) if name in _WHOLE else float(cell)
     except ValueError:
-      raise ValueError(f"{where}: {name} is {cell!r}, not a number") from None
+      raise ValueError(
+        f"{where}: {name} is '{_shown(cell)}', not a number"
+      ) from None
   return _checked(row, where)
 
 
@@ -318,15 +338,32 @@ def _checked(row: Mapping[str, object], where: str) -> Row:
       result[name] = value
       continue
     # Any number will do, numpy's too; texts, None and infinities won't.
-    if not isinstance(value, numbers.Real | np.number) or (
-      not math.isfinite(value) or (name in _WHOLE and int(value) != value)
-    ):
+    if not _is_number(value, whole=name in _WHOLE):
       raise ValueError(
-        f"{where} (id {row['id']}): {name} is {value!r}, not a "
-        f"{'whole' if name in _WHOLE else 'finite'} number"
+        f"{where} (id {_shown(row['id'])}): {name} is {_shown(repr(value))}, "
+        f"not a {'whole' if name in _WHOLE else 'finite'} number"
       )
     result[name] = int(value) if name in _WHOLE else float(value)
   return result
+
+
+def _is_number(value: object, *, whole: bool) -> bool:
+  if not isinstance(value, numbers.Real | np.integer | np.floating):
+    return False
+  try:
+    finite = math.isfinite(value)
+  except OverflowError:  # a whole number beyond every float
+    return False
+  return finite and (not whole or int(value) == value)
+
+
+def _shown(text: object) -> str:
+  """Escapes what could steer a terminal, and cuts what would fill it."""
+  text = str(text)
+  text = text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+  return "".join(
+    c if c.isprintable() else c.encode("unicode_escape").decode() for c in text
+  )
 
 
 def _check_unique(rows: Iterable[Row], where: str) -> None:
@@ -336,7 +373,7 @@ def _check_unique(rows: Iterable[Row], where: str) -> None:
     if key in seen:
       arm, seed, dataset, identity = key
       raise ValueError(
-        f"{where}: image {identity} of {dataset} appears twice for {arm}, "
-        f"seed {seed}"
+        f"{where}: image {_shown(identity)} of {_shown(dataset)} appears twice "
+        f"for {_shown(arm)}, seed {seed}"
       )
     seen.add(key)

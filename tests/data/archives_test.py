@@ -1,4 +1,7 @@
+import os
 import stat
+import struct
+import tracemalloc
 import zipfile
 
 import pytest
@@ -140,3 +143,145 @@ def test_too_many_members_are_refused(tmp_path, monkeypatch):
   ):
     with pytest.raises(DataError, match="more than 2"):
       archives.list_files(path)
+
+
+def _claim(path, size: int) -> None:
+  """Makes the directory of a zip say that every member has this size."""
+  content = bytearray(path.read_bytes())
+  at = content.find(b"PK\1\2")
+  while at >= 0:
+    content[at + 24 : at + 28] = struct.pack("<I", size)
+    at = content.find(b"PK\1\2", at + 4)
+  path.write_bytes(content)
+
+
+def test_a_small_archive_that_claims_gigabytes_is_refused(tmp_path):
+  files = {f"A/{n}.png": b"" for n in range(80)}
+  path = tiny.write_zip(tmp_path / "A.zip", files)
+  _claim(path, archives.MAX_FILE_BYTES)
+  with pytest.raises(DataError, match=r"A\.zip would unpack to 20 GiB, more"):
+    archives.list_files(path)
+
+
+def test_a_member_is_unpacked_no_further_than_it_claims(tmp_path):
+  path = tmp_path / "A.zip"
+  with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+    archive.writestr("A/x.png", bytes(32 * 2**20))
+  _claim(path, 10)
+  (file,) = archives.list_files(path)
+  tracemalloc.start()
+  try:
+    with pytest.raises(DataError, match=r"A/x\.png is damaged"):
+      file.read()
+    _, peak = tracemalloc.get_traced_memory()
+  finally:
+    tracemalloc.stop()
+  assert peak < 2**20
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_compression_that_may_become_any_size_is_refused(tmp_path, method):
+  path = tmp_path / "A.zip"
+  with zipfile.ZipFile(path, "w", method) as archive:
+    archive.writestr("A/x.png", b"")
+  with pytest.raises(DataError, match=r"x\.png is compressed by .*Unpack the"):
+    archives.list_files(path)
+
+
+@pytest.mark.parametrize(
+  ("offset", "value", "message"),
+  [(6, 99, "no readable zip"), (10, 9, "compressed by method 9")],
+  ids=["version", "method"],
+)
+def test_an_archive_of_a_newer_kind_is_named(tmp_path, offset, value, message):
+  path = tiny.write_zip(tmp_path / "A.zip", FILES)
+  content = bytearray(path.read_bytes())
+  content[content.index(b"PK\1\2") + offset] = value
+  path.write_bytes(content)
+  with pytest.raises(DataError, match=rf"A\.zip.*{message}"):
+    archives.list_files(path)
+
+
+def test_a_file_that_is_no_archive_is_named(tmp_path):
+  path = tmp_path / "A.zip"
+  path.write_bytes(b"<html>404</html>")
+  with pytest.raises(DataError, match=r"A\.zip is no readable zip"):
+    archives.list_files(path)
+
+
+@pytest.mark.parametrize(
+  ("name", "escaped"),
+  [
+    ("A/\x1b[2Jx.png", r"\x1b[2Jx.png"),
+    ("A/a\nok: b.png", r"a\nok: b.png"),
+    ("A/c1\x9b2J.png", r"c1\x9b2J.png"),
+    ("A/line\u2028.png", r"line\u2028.png"),
+  ],
+)
+def test_a_name_that_steers_a_terminal_is_refused_and_escaped(
+  tmp_path, name, escaped
+):
+  for path in (
+    tiny.write_zip(tmp_path / "A.zip", {name: b"."}),
+    tiny.write_folder(tmp_path / "B", {name: b"."}),
+  ):
+    with pytest.raises(DataError, match="control character") as error:
+      archives.list_files(path)
+    assert escaped in str(error.value)
+    assert str(error.value).isprintable()
+
+
+def test_a_name_that_is_not_utf8_is_refused(tmp_path):
+  (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes(b"")
+  with pytest.raises(DataError, match=r"caf\\udce9\.png has a name .*UTF-8"):
+    archives.list_files(tmp_path)
+
+
+def test_names_of_other_scripts_and_of_formulas_are_none_of_its_business(
+  tmp_path,
+):
+  names = ["läsion 7.png", "皮膚.png", "=cmd().png", "a,b.png", '"q".png']
+  names += ["a|b`c.png", "<script>.png", "nbsp\xa0.png"]
+  files = dict.fromkeys(names, b".")
+  for path in (
+    tiny.write_zip(tmp_path / "A.zip", files),
+    tiny.write_folder(tmp_path / "B", files),
+  ):
+    found = [file.path for file in archives.list_files(path)]
+    assert found == sorted(names)
+
+
+def test_a_pipe_and_a_device_in_a_folder_are_refused(tmp_path):
+  os.mkfifo(tmp_path / "pipe.png")
+  with pytest.raises(DataError, match=r"pipe\.png is no plain file"):
+    archives.list_files(tmp_path)
+  (tmp_path / "pipe.png").unlink()
+  # It has no bytes by its size, and no end when it is read.
+  (tmp_path / "zero.png").symlink_to("/dev/zero")
+  with pytest.raises(DataError, match=r"zero\.png is no plain file"):
+    archives.list_files(tmp_path)
+
+
+def test_a_link_in_a_folder_to_nothing_is_named(tmp_path):
+  (tmp_path / "link.png").symlink_to(tmp_path / "gone.png")
+  with pytest.raises(DataError, match=r"link\.png cannot be read: No such"):
+    archives.list_files(tmp_path)
+
+
+def test_a_file_that_grew_after_it_was_listed_is_refused(tmp_path, monkeypatch):
+  (file,) = archives.list_files(
+    tiny.write_folder(tmp_path / "A", {"x.png": b"12"})
+  )
+  monkeypatch.setattr(archives, "MAX_FILE_BYTES", 4)
+  (tmp_path / "A" / "x.png").write_bytes(b"12345")
+  with pytest.raises(DataError, match=r"x\.png would take"):
+    file.read()
+
+
+def test_a_folder_that_may_not_be_listed_is_named(tmp_path, monkeypatch):
+  def refuse(path):
+    raise PermissionError(13, "Permission denied", str(path))
+
+  monkeypatch.setattr(os, "scandir", refuse)
+  with pytest.raises(DataError, match="cannot be listed: Permission denied"):
+    archives.list_files(tmp_path)

@@ -1,4 +1,5 @@
 import numpy as np
+from PIL import Image
 import pytest
 import tensorflow_datasets as tfds
 import tiny_archives as tiny
@@ -154,3 +155,53 @@ def test_an_id_in_two_splits_is_named(tmp_path, make_folder):
   make_folder(tmp_path / "test", ["b"])
   with pytest.raises(DataError, match=r"b in both train/ and test/"):
     folder.take_inventory(tmp_path).check()
+
+
+def test_ids_whose_predictions_would_share_a_name_are_named(
+  tmp_path, make_folder
+):
+  make_folder(tmp_path, ["a_b"])
+  for kind in ("images", "masks"):
+    content = (tmp_path / kind / "a_b.png").read_bytes()
+    tiny.write_folder(tmp_path, {f"{kind}/a/b.png": content})
+  with pytest.raises(DataError, match=r"a/b and a_b would both be called a_b"):
+    folder.take_inventory(tmp_path).check()
+
+
+def test_an_id_too_long_for_the_name_of_a_prediction_is_named(
+  tmp_path, make_folder
+):
+  (tmp_path / "images" / ("d" * 200)).mkdir(parents=True)
+  (tmp_path / "masks" / ("d" * 200)).mkdir(parents=True)
+  make_folder(tmp_path, [f"{'d' * 200}/{'e' * 60}"])
+  with pytest.raises(DataError, match=r"ddd/eee.* is too long for the name"):
+    folder.take_inventory(tmp_path).check()
+
+
+@pytest.mark.parametrize("kind", ["images", "masks"])
+def test_a_bomb_among_own_data_is_named_and_leaves_nothing(
+  tmp_path, make_folder, kind
+):
+  own = make_folder(tmp_path / "own", NAMES[:3])
+  Image.new("1", (12_000, 12_000)).save(own / kind / "lesion_1.png")
+  with pytest.raises(
+    DataError, match=rf"{kind}/lesion_1\.png claims 12000x12000 pixels"
+  ):
+    pipeline.prepare("folder", data_dir=tmp_path / "data", manual_dir=own)
+  left = [path for path in (tmp_path / "data").rglob("*") if path.is_file()]
+  assert left == []
+
+
+def test_ids_that_would_be_formulas_or_markup_come_back_as_they_were(
+  tmp_path, make_folder
+):
+  names = ["=cmd()", "+1", "-1", "@x", "a,b", '"q"', "a|b`c", "<script>"]
+  make_folder(tmp_path / "own" / "train", names)
+  arrays = pipeline.load(
+    "folder",
+    "train",
+    size=8,
+    data_dir=tmp_path / "data",
+    manual_dir=tmp_path / "own",
+  )
+  assert sorted(arrays.ids) == sorted(names)

