@@ -2,6 +2,7 @@
 
   python -m kdseg.deploy.export MODEL --out DIR [--forms onnx litert stablehlo]
       [--calibration IMAGES...]
+  python -m kdseg.deploy.export WORKDIR --arm NAME [--seed 0] --out DIR
 
 MODEL is a shipped model, a file of weights or the folder of an arm. Into DIR go
 
@@ -417,6 +418,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   parser.add_argument("model", metavar="MODEL")
+  parser.add_argument("--arm", help="of the workdir MODEL, as in scores.csv")
+  parser.add_argument("--seed", type=int, default=0, help="of the arm")
   parser.add_argument("--out", required=True, help="folder for the files")
   parser.add_argument(
     "--forms", nargs="+", choices=FORMS, default=FORMS, help="all if unset"
@@ -429,7 +432,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
   )
   options = parser.parse_args(arguments)
   try:
-    model = models.load_weights(options.model)
+    name = options.model
+    if options.arm:
+      name = weights.arm_folder(options.model, options.arm, options.seed)
+      weights.check_finished(name)
+    model = models.load_weights(name)
     images = None
     if options.calibration:
       images = np.stack(

@@ -136,12 +136,35 @@ def read_arm(
   Raises:
     WeightsError: if there is none, with those that there are.
   """
+  return read_folder(arm_folder(workdir, arm, seed))
+
+
+def arm_folder(
+  workdir: str | pathlib.Path, arm: str, seed: int = 0
+) -> pathlib.Path:
+  """Returns where a workdir keeps an arm, or a teacher of that name."""
   workdir = pathlib.Path(workdir)
   teacher = workdir / "teachers" / arm
-  folder = (
-    teacher if teacher.exists() else workdir / "arms" / f"{arm}-seed{seed}"
-  )
-  return read_folder(folder)
+  return teacher if teacher.exists() else workdir / "arms" / f"{arm}-seed{seed}"
+
+
+def check_finished(folder: pathlib.Path) -> None:
+  """Refuses the folder of a network that is not finished.
+
+  Raises:
+    WeightsError: that names those which are.
+  """
+  if not checkpoint.is_finished(folder):
+    workdir = folder.absolute().parents[1]
+    there = sorted(
+      path.parent.name
+      for kind in ("arms", "teachers")
+      for path in workdir.glob(f"{kind}/*/about.json")
+    )
+    raise WeightsError(
+      f"{workdir} has no finished {folder.name}; it has "
+      f"{', '.join(there) or 'none at all'}"
+    )
 
 
 def read_folder(folder: str | pathlib.Path) -> tuple[Tree, dict[str, Any]]:
@@ -156,16 +179,7 @@ def read_folder(folder: str | pathlib.Path) -> tuple[Tree, dict[str, Any]]:
   """
   folder = pathlib.Path(folder).absolute()
   workdir = folder.parents[1]
-  if not checkpoint.is_finished(folder):
-    there = sorted(
-      path.parent.name
-      for kind in ("arms", "teachers")
-      for path in workdir.glob(f"{kind}/*/about.json")
-    )
-    raise WeightsError(
-      f"{workdir} has no finished {folder.name}; it has "
-      f"{', '.join(there) or 'none at all'}"
-    )
+  check_finished(folder)
   try:
     config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
     variables, known = checkpoint.load_variables(folder)

@@ -206,6 +206,18 @@ def test_the_command_says_in_one_line_what_is_wrong(tmp_path, capsys):
   assert capsys.readouterr().err.startswith("kdseg: nothing is no file")
 
 
+def test_an_arm_of_a_workdir_is_named_as_in_its_scores(tmp_path, capsys):
+  arms = tmp_path / "run" / "arms"
+  arms.mkdir(parents=True)
+  seen = weights.arm_folder(tmp_path / "run", "tiny-none", 4)
+  assert seen == arms / "tiny-none-seed4"
+  code = export.main(
+    [str(tmp_path / "run"), "--arm", "other", "--out", str(tmp_path / "out")]
+  )
+  assert code == 1
+  assert "has no finished other-seed0; it has none" in capsys.readouterr().err
+
+
 def test_what_a_file_says_survives_the_export(folder):
   _, about = weights.load(folder / "weights.safetensors")
   assert about["arm"] == "tiny-none"
