@@ -114,9 +114,16 @@ def arrays_of_first(
     return dict(function())
   content = b""
   if is_first():
-    arrays = {k: np.ascontiguousarray(v) for k, v in function().items()}
-    content = safetensors.numpy.save(arrays)
+    content = pack_arrays(function())
   return safetensors.numpy.load(_from_first(content))
+
+
+def pack_arrays(arrays: Mapping[str, Any]) -> bytes:
+  """Returns arrays of any shape as bytes that safetensors reads."""
+  # Not `ascontiguousarray`, which gives a scalar an axis.
+  return safetensors.numpy.save(
+    {name: np.asarray(array, order="C") for name, array in arrays.items()}
+  )
 
 
 def gather(value: Any) -> list[Any]:

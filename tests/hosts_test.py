@@ -15,9 +15,11 @@ import time
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from kdseg import checkpoint
 from kdseg import hosts
+from kdseg import stopping
 
 TESTS = pathlib.Path(__file__).parent
 TIMEOUT = 600
@@ -170,6 +172,33 @@ def test_one_host_writes(runs):
 
 
 @long
+@pytest.mark.parametrize("asked", [0, 1])
+def test_hosts_that_one_asks_to_stop_stop_together_and_go_on(
+  runs, tmp_path, asked
+):
+  _, folder, data = runs
+  pair = start_pair(tmp_path, data)
+  began = tmp_path / "host0" / "log.jsonl"
+  deadline = time.monotonic() + TIMEOUT
+  while not began.exists() and time.monotonic() < deadline:
+    time.sleep(0.02)
+  pair[asked].send_signal(signal.SIGTERM)
+  for process in pair:
+    code, out = end(process)
+    assert code == stopping.EXIT_CODE, out[-3000:]
+  for process in start_pair(tmp_path, data):
+    code, out = end(process)
+    assert code == 0, out[-3000:]
+  ours, theirs = (
+    variables_of(tmp_path / "host0"),
+    variables_of(folder / "host0"),
+  )
+  assert ours.keys() == theirs.keys()
+  for name, value in ours.items():
+    np.testing.assert_array_equal(value, theirs[name], err_msg=name)
+
+
+@long
 @pytest.mark.parametrize("dead", [0, 1])
 def test_a_host_that_dies_makes_the_other_stop(runs, tmp_path, dead):
   _, _, data = runs
@@ -185,6 +214,19 @@ def test_a_host_that_dies_makes_the_other_stop(runs, tmp_path, dead):
   assert code != 0, out[-3000:]
   # Ten seconds of silence are allowed in killed_run, and some to notice.
   assert time.monotonic() - died < 90
+
+
+def test_arrays_of_any_shape_and_order_come_through():
+  arrays = {
+    "step": np.int32(7),
+    "seed": np.zeros((), np.uint32),
+    "turned": np.arange(6.0, dtype=np.float32).reshape(2, 3).T,
+  }
+  found = safetensors.numpy.load(hosts.pack_arrays(arrays))
+  assert found.keys() == arrays.keys()
+  for name, array in arrays.items():
+    assert found[name].shape == np.shape(array)
+    np.testing.assert_array_equal(found[name], array)
 
 
 def test_on_one_host_nothing_is_exchanged():
