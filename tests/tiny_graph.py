@@ -28,6 +28,19 @@ def draw_network(network, side):
   return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
+def make_case(network, side, answer):
+  """A network with drawn weights: (function of uint8, images, its answers)."""
+  variables = draw_network(network, side)
+
+  def function(x):
+    return answer(network.apply(variables, x.astype(jnp.float32) / 255.0))
+
+  image = np.random.default_rng(0).integers(
+    0, 256, (2, side, side, 3), np.uint8
+  )
+  return function, image, np.asarray(jax.jit(function)(image))
+
+
 def conv(x, kernel, **options):
   options = {"window_strides": (1, 1), "padding": "SAME"} | options
   return jax.lax.conv_general_dilated(

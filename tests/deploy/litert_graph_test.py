@@ -12,7 +12,7 @@ import pytest
 from tiny_graph import OPERATIONS_OF_TEACHERS
 from tiny_graph import conv
 from tiny_graph import draw
-from tiny_graph import draw_network
+from tiny_graph import make_case
 
 from kdseg import networks
 from kdseg.deploy import litert_graph
@@ -175,18 +175,12 @@ def test_what_the_format_has_an_operator_for_is_one_operator(function, kind):
 
 def assert_network_same(network, answer=lambda out: out["logits"]):
   """A network with drawn weights, uint8 in."""
-  variables = draw_network(network, SIDE)
-
-  @jax.jit
-  def function(image):
-    image = image.astype(np.float32) / 255.0
-    return answer(network.apply(variables, image))
-
-  x = np.random.default_rng(0).integers(0, 256, (2, SIDE, SIDE, 3), np.uint8)
+  function, image, expected = make_case(network, SIDE, answer)
   model = make_model(function, (SIDE, SIDE, 3), np.uint8)
-  expected = np.asarray(function(x))
-  scale = np.abs(expected).max()
-  np.testing.assert_allclose(run(model, x), expected, atol=1e-5 * scale)
+  np.testing.assert_allclose(
+    run(model, image), expected, atol=1e-5 * np.abs(expected).max()
+  )
+  assert expected.std() > 1e-3
   assert not {"CUSTOM", "DELEGATE"} & set(kinds(model))
 
 

@@ -11,7 +11,7 @@ import pytest
 from tiny_graph import OPERATIONS_OF_TEACHERS
 from tiny_graph import conv
 from tiny_graph import draw
-from tiny_graph import draw_network
+from tiny_graph import make_case
 
 from kdseg import networks
 from kdseg.deploy import onnx_graph
@@ -140,16 +140,8 @@ def test_operations_are_those_of_jax(function):
 
 def assert_network_same(network, answer=lambda out: out["logits"]):
   """A network with drawn weights, uint8 in."""
-  image = np.random.default_rng(0).integers(
-    0, 256, (2, SIDE, SIDE, 3), np.uint8
-  )
-  variables = draw_network(network, SIDE)
-
-  def function(x):
-    return answer(network.apply(variables, x.astype(jnp.float32) / 255.0))
-
+  function, image, expected = make_case(network, SIDE, answer)
   model = make_model(function, (SIDE, SIDE, 3), np.uint8)
-  expected = np.asarray(jax.jit(function)(image))
   np.testing.assert_allclose(
     run(model, image), expected, atol=1e-4 * np.abs(expected).max()
   )
