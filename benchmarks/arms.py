@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from kdseg import feed
+from kdseg import memory
 from kdseg import networks
 from kdseg import objective
 from kdseg import stage
@@ -70,6 +71,7 @@ def main() -> None:
   parser.add_argument("--teacher", default="deeplab")
   parser.add_argument("--student", default="patch_unet_12k")
   options = parser.parse_args()
+  memory.keep_freed()
   size, steps = options.size, options.steps
 
   arrays = make_arrays(options.batch * 4, size)

@@ -15,7 +15,8 @@ with `torch.compile` (inductor, default mode) around network and loss.
 PyTorch is given its better form: contiguous and channels_last memory are both
 tried eagerly and the faster one is kept for both ways; AdamW is the fused one,
 clipping and averaging work on all tensors at once, gradients are freed and not
-zeroed, evaluation is in inference mode. Before anything is timed, both sides
+zeroed, evaluation is in inference mode. Freed memory is kept for both, as
+`kdseg.main` does. Before anything is timed, both sides
 start from the same weights and have to agree: on the logits, or on loss and
 gradient norm of the first three steps.
 
@@ -50,6 +51,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kdseg import memory
 from kdseg import networks
 from kdseg import optimizer
 from kdseg import state as state_lib
@@ -484,6 +486,7 @@ def main() -> None:
   )
   parser.add_argument("--out", type=pathlib.Path, help="a CSV file")
   options = parser.parse_args()
+  memory.keep_freed()
 
   jax.config.update("jax_platforms", "cpu")
   try:

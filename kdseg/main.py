@@ -14,6 +14,7 @@ from kdseg import checkpoint
 from kdseg import choices
 from kdseg import experiment
 from kdseg import hosts
+from kdseg import memory
 from kdseg import plan
 from kdseg import stopping
 from kdseg import train
@@ -67,6 +68,7 @@ def main(argv: Sequence[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"what is {argv[1]!r}? Flags only.")
   _show_progress()
+  memory.keep_freed()
   try:
     if _DISTRIBUTED.value or _COORDINATOR.value:
       hosts.start(

@@ -182,6 +182,9 @@ def make_train_step(
         rngs=rngs,
         **given,
       )
+      # Written once, and so is their gradient: fused into every pixelwise
+      # loss, the network's last enlargement would be made over for each.
+      out = {**out, "logits": jax.lax.optimization_barrier(out["logits"])}
       task, parts = objective.segmentation_loss(
         out["logits"], labels, segmentation
       )

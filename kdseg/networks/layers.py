@@ -47,6 +47,83 @@ def normalize(image: Array) -> Array:
   return (image.astype(jnp.float32) - 0.5) / 0.25
 
 
+def _shared_means(axis_name: str | None, *maps: Array) -> Array:
+  """Means over all axes but the last, and over the devices: [maps, C]."""
+  means = jnp.stack([jnp.mean(x, tuple(range(x.ndim - 1))) for x in maps])
+  return means if axis_name is None else jax.lax.pmean(means, axis_name)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _normalize_batch(
+  x: Array, scale: Array, bias: Array, epsilon: float, axis_name: str | None
+) -> tuple[Array, Array, Array]:
+  """Returns x [..., C] normalised, its mean and its variance, all float32.
+
+  Has its gradient written out (Ioffe and Szegedy, ICML 2015, section 3): what
+  is derived from the statistics keeps and reads more maps, and took 1.2 to 2.7
+  times as long on a CPU. The statistics pass no gradient on.
+  """
+  return _normalize_batch_forward(x, scale, bias, epsilon, axis_name)[0]
+
+
+def _normalize_batch_forward(
+  x: Array, scale: Array, bias: Array, epsilon: float, axis_name: str | None
+) -> tuple[tuple[Array, Array, Array], tuple[Array, Array, Array, Array]]:
+  wide = x.astype(jnp.float32)
+  mean, square = _shared_means(axis_name, wide, jnp.square(wide))
+  # Rounding can make it negative.
+  variance = jnp.maximum(square - jnp.square(mean), 0.0)
+  inverse = jax.lax.rsqrt(variance + epsilon)
+  y = (wide - mean) * (inverse * scale) + bias
+  return (y, mean, variance), (x, mean, inverse, scale)
+
+
+def _normalize_batch_backward(
+  epsilon: float,
+  axis_name: str | None,
+  saved: tuple[Array, Array, Array, Array],
+  gradients: tuple[Array, Array, Array],
+) -> tuple[Array, Array, Array]:
+  del epsilon
+  x, mean, inverse, scale = saved
+  gradient = gradients[0]
+  centred = x.astype(jnp.float32) - mean
+  # Through the statistics, a pixel has a part in the pixels of all devices.
+  shared = _shared_means(axis_name, gradient, gradient * centred)
+  x_gradient = (inverse * scale) * (
+    gradient - shared[0] - centred * (jnp.square(inverse) * shared[1])
+  )
+  axes = tuple(range(x.ndim - 1))
+  return (
+    x_gradient.astype(x.dtype),
+    jnp.sum(gradient * centred, axes) * inverse,
+    jnp.sum(gradient, axes),
+  )
+
+
+_normalize_batch.defvjp(_normalize_batch_forward, _normalize_batch_backward)
+
+
+class _CpuBatchNorm(nn.BatchNorm):
+  """Flax's, in training and over the last axis: the same, sooner."""
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    shape = x.shape[-1:]
+    mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
+    variance = self.variable("batch_stats", "var", jnp.ones, shape)
+    scale = self.param("scale", nn.initializers.ones, shape)
+    bias = self.param("bias", nn.initializers.zeros, shape)
+    first = self.is_initializing()
+    y, *now = _normalize_batch(
+      x, scale, bias, self.epsilon, None if first else self.axis_name
+    )
+    if not first:
+      for kept, new in zip((mean, variance), now):
+        kept.value = self.momentum * kept.value + (1 - self.momentum) * new
+    return y.astype(self.dtype)
+
+
 def batch_norm(
   train: bool,
   *,
@@ -54,10 +131,12 @@ def batch_norm(
   axis_name: str | None = None,
   epsilon: float = 1e-3,
   momentum: float = 0.9,
+  implementation: str = "",
 ) -> Callable[..., nn.Module]:
   """Returns a BatchNorm factory, statistics shared over `axis_name`."""
+  on_cpu = implementation_for_backend(implementation) == "cpu"
   return functools.partial(
-    nn.BatchNorm,
+    _CpuBatchNorm if train and on_cpu else nn.BatchNorm,
     use_running_average=not train,
     momentum=momentum,
     epsilon=epsilon,
@@ -142,28 +221,130 @@ class DepthwiseConv(nn.Module):
     )
 
 
-def _shifted_depthwise(
-  x: Array, kernel: Array, stride: int, dilation: int
+def _sum_of_shifts(
+  padded: Array, kernel: Array, sides: tuple[int, int], stride: int, rate: int
 ) -> Array:
-  """Sums shifted copies of `x`, each times its tap: no grouped convolution."""
-  k = kernel.shape[0]
-  reach = (k - 1) * dilation + 1
-  height, width = x.shape[1], x.shape[2]
-  rows = _same_pads(height, reach, stride)
-  columns = _same_pads(width, reach, stride)
-  padded = jnp.pad(x, ((0, 0), rows, columns, (0, 0)))
-  out_height, out_width = -(-height // stride), -(-width // stride)
+  """Adds up shifted copies of `padded`, each times its tap of `kernel`.
+
+  Args:
+    padded: [B, H, W, C].
+    kernel: [k, k, C].
+    sides: of the result.
+    stride: between the pixels that are read.
+    rate: between the taps, the dilation.
+  """
+  height, width = sides
   total = 0.0
-  for i in range(k):
-    for j in range(k):
-      top, left = i * dilation, j * dilation
+  for i in range(kernel.shape[0]):
+    for j in range(kernel.shape[1]):
+      top, left = i * rate, j * rate
       window = padded[
         :,
-        top : top + (out_height - 1) * stride + 1 : stride,
-        left : left + (out_width - 1) * stride + 1 : stride,
+        top : top + (height - 1) * stride + 1 : stride,
+        left : left + (width - 1) * stride + 1 : stride,
       ]
       total = total + window * kernel[i, j]
   return total
+
+
+def _pad_same(
+  x: Array, kernel_size: int, stride: int, dilation: int
+) -> tuple[Array, tuple[int, int], tuple[int, int]]:
+  """Returns `x` padded, how many pixels before, and the sides of the result."""
+  reach = (kernel_size - 1) * dilation + 1
+  rows, columns = (_same_pads(side, reach, stride) for side in x.shape[1:3])
+  padded = jnp.pad(x, ((0, 0), rows, columns, (0, 0)))
+  sides = (-(-x.shape[1] // stride), -(-x.shape[2] // stride))
+  return padded, (rows[0], columns[0]), sides
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _shifted_depthwise(
+  x: Array, kernel: Array, stride: int, dilation: int
+) -> Array:
+  """A depthwise convolution of [B, H, W, C] by [k, k, C]; no grouped one.
+
+  Has its gradients written out: derived, each tap's is a copy of the map, which
+  took 2.5 to 7 times as long (maps of 8 x 16 x 16 x 240, 8 x 64 x 64 x 144).
+  """
+  padded, _, sides = _pad_same(x, kernel.shape[0], stride, dilation)
+  return _sum_of_shifts(padded, kernel, sides, stride, dilation)
+
+
+def _shifted_depthwise_forward(
+  x: Array, kernel: Array, stride: int, dilation: int
+) -> tuple[Array, tuple[Array, Array]]:
+  return _shifted_depthwise(x, kernel, stride, dilation), (x, kernel)
+
+
+def _shifted_depthwise_backward(
+  stride: int, dilation: int, saved: tuple[Array, Array], gradient: Array
+) -> tuple[Array, Array]:
+  x, kernel = saved
+  k = kernel.shape[0]
+  reach = (k - 1) * dilation
+  padded, before, sides = _pad_same(x, k, stride, dilation)
+  spread = [
+    (
+      reach - before[axis],
+      x.shape[1 + axis] + before[axis] - (sides[axis] - 1) * stride - 1,
+      stride - 1,
+    )
+    for axis in (0, 1)
+  ]
+  x_gradient = _sum_of_shifts(
+    jax.lax.pad(
+      gradient,
+      jnp.zeros((), gradient.dtype),
+      ((0, 0, 0), *spread, (0, 0, 0)),
+    ),
+    kernel[::-1, ::-1],
+    x.shape[1:3],
+    1,
+    dilation,
+  )
+  return x_gradient, _tap_gradients(
+    padded, gradient, k, stride, dilation
+  ).astype(kernel.dtype)
+
+
+def _tap_gradients(
+  padded: Array, gradient: Array, k: int, stride: int, dilation: int
+) -> Array:
+  """Returns [k, k, C] float32: each tap's products, summed over all pixels.
+
+  Row by row, so that a row is still in the cache for the next tap.
+  """
+  batch, height, width, channels = gradient.shape
+  reach = (k - 1) * dilation
+  taps = [(i * dilation, j * dilation) for i in range(k) for j in range(k)]
+
+  def add_row(
+    sums: tuple[Array, ...], number: Array
+  ) -> tuple[tuple[Array, ...], None]:
+    image, row = number // height, number % height
+    above = jax.lax.dynamic_slice(
+      padded,
+      (image, row * stride, 0, 0),
+      (1, reach + 1, padded.shape[2], channels),
+    )[0].astype(jnp.float32)
+    own = jax.lax.dynamic_slice(
+      gradient, (image, row, 0, 0), (1, 1, width, channels)
+    )[0, 0].astype(jnp.float32)
+    added = [
+      total + above[top, left : left + (width - 1) * stride + 1 : stride] * own
+      for total, (top, left) in zip(sums, taps)
+    ]
+    return tuple(added), None
+
+  zeros = tuple(jnp.zeros((width, channels), jnp.float32) for _ in taps)
+  sums, _ = jax.lax.scan(add_row, zeros, jnp.arange(batch * height))
+  return jnp.stack([jnp.sum(x, 0) for x in sums]).reshape(k, k, channels)
+
+
+_shifted_depthwise.defvjp(
+  _shifted_depthwise_forward, _shifted_depthwise_backward
+)
 
 
 def max_pool_2x(x: Array, implementation: str = "") -> Array:

@@ -43,6 +43,20 @@ def test_bce_keeps_the_tail_of_a_sure_and_right_prediction():
   np.testing.assert_allclose(loss, [2.0611536e-9], rtol=1e-4)
 
 
+def test_the_slope_of_bce_is_probability_minus_label():
+  # In the logit sigmoid(z) - y; in the label, as smoothing moves it, -z.
+  logits, labels = _one_row(-LN3, 0.0, 2.0), _one_row(0.0, 1.0, 0.5)
+  by_logit, by_label = jax.grad(lambda z, y: segmentation.bce(z, y)[0], (0, 1))(
+    logits, labels
+  )
+  np.testing.assert_allclose(
+    by_logit[0, 0], np.array([0.25, -0.5, 0.3807970]) / 3, rtol=1e-6
+  )
+  np.testing.assert_allclose(
+    by_label[0, 0], np.array([LN3, 0.0, -2.0]) / 3, rtol=1e-6
+  )
+
+
 def test_dice_of_half_overlapping_squares_is_a_half_and_of_disjoint_ones_one():
   labels = _squares((0, 4), (0, 4), (0, 4))
   logits = 2e4 * _squares((2, 6), (4, 8), (0, 4)) - 1e4

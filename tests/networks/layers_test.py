@@ -1,5 +1,7 @@
 """Both implementations of each layer compute the same, and the right thing."""
 
+import functools
+
 from absl.testing import parameterized
 import chex
 from flax import linen as nn
@@ -294,6 +296,37 @@ class BlockTest(chex.TestCase):
       chex.assert_trees_all_close(
         jax.tree.map(lambda x, d=device: x[d], stats), whole_stats, atol=1e-4
       )
+
+  def test_batch_norms_agree_with_their_gradients_and_statistics(self):
+    x = 2.0 + 3.0 * normal(4, 2, 3, 3, 5)
+    weights = normal(4, 2, 3, 3, 5, seed=1)
+    scale, bias = normal(5, seed=2), normal(5, seed=3)
+
+    def values(implementation, axis_name, x, weights):
+      norm = layers.batch_norm(
+        True, axis_name=axis_name, implementation=implementation
+      )()
+      variables = norm.init(jax.random.key(0), x)
+
+      def weighed(x, scale, bias):
+        y, updated = norm.apply(
+          {**variables, "params": {"scale": scale, "bias": bias}},
+          x,
+          mutable=["batch_stats"],
+        )
+        return jnp.sum(weights * y), (y, updated)
+
+      return jax.grad(weighed, (0, 1, 2), has_aux=True)(x, scale, bias)
+
+    for axis_name, run in (
+      (None, jax.jit),
+      ("devices", functools.partial(jax.pmap, axis_name="devices")),
+    ):
+      cpu, portable = (
+        run(functools.partial(values, name, axis_name))(x, weights)
+        for name in ("cpu", "portable")
+      )
+      chex.assert_trees_all_close(cpu, portable, rtol=1e-4, atol=1e-5)
 
   def test_batch_norm_uses_what_it_learned_outside_training(self):
     x = normal(2, 3, 3, 5)
