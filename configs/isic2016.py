@@ -58,6 +58,12 @@ COMPARISON = {
     "topology": "parallel",
     "taps": TAPS,
   },
+  # One head a tap, from the deep to the shallow one.
+  "multiscale": {
+    "terms": {"m2bf": 1.0},
+    "topology": "multiscale",
+    "taps": (*TAPS, "decoder_low"),
+  },
   # One generator with the parameters of a cascade of three, at 32 channels.
   "wide": {**BAND, "generator_width": 96},
   "no_generator": {**BAND, "generator": "identity"},
