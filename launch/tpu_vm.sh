@@ -7,13 +7,18 @@
 #   launch/tpu_vm.sh run configs/isic2016.py runs/isic2016 [FLAG...]
 #   launch/tpu_vm.sh logs                      follow the run
 #   launch/tpu_vm.sh fetch runs/isic2016       copy the workdir here
+#   launch/tpu_vm.sh send runs/isic2016        copy it back
 #   launch/tpu_vm.sh delete                    results not fetched are lost
 #
 # ARCHIVES is a folder with the official archives; it becomes `archives` on the
 # VM: run ... --config.data.manual_dir=archives
 #
-# A run goes on when the connection ends. Started again with the same workdir,
-# it continues where it stopped.
+# A run goes on when the connection ends; `logs` ends with the run. One that was
+# stopped (SIGTERM saves first; the exit code is 75) or killed with the VM, as
+# by maintenance, continues at the same `run` command. A Spot VM that was taken
+# back is lost, its disk too: `fetch` now and then, also while it runs. Then
+# `delete`, `create`, `setup`, `send` and the same `run` continue from what was
+# fetched.
 #
 # Environment: PROJECT, ZONE, NAME (required); TYPE (v5litepod-8); VERSION (the
 # runtime, chosen by TYPE); SPOT=1; QUEUED=1 (a queued resource, for create and
@@ -59,15 +64,16 @@ tpu_vm() {
 }
 
 remote() {
-  tpu_vm ssh "$NAME" --worker=all "--command=$1"
+  tpu_vm ssh "$NAME" "--worker=${2:-all}" "--command=$1"
 }
 
 # A run has to name its code: what is shipped is a commit, never a tree.
-refuse_dirty_tree() {
+name_commit() {
   local changes
   changes="$(git -C "$root" status --porcelain)"
   [[ -z "$changes" ]] || fail "the tree has changes that no commit holds;" \
     "commit or remove them first:"$'\n'"$changes"
+  echo "launch/tpu_vm.sh: commit $commit" >&2
 }
 
 create() {
@@ -88,7 +94,7 @@ create() {
 setup() {
   local archives="${1:-}" archive
   [[ -z "$archives" || -d "$archives" ]] || fail "$archives is no folder"
-  refuse_dirty_tree
+  name_commit
   archive="$(git -C "$root" rev-parse --absolute-git-dir)/kdseg-$commit.tar.gz"
   remote "$idle${archives:+$'\n'rm -rf archives}"
   call git -C "$root" archive --format=tar.gz "--output=$archive" HEAD
@@ -115,7 +121,7 @@ run() {
   local config="${1:?run needs a config: run CONFIG WORKDIR [FLAG...]}"
   local workdir="${2:?run needs a workdir: run CONFIG WORKDIR [FLAG...]}"
   shift 2
-  refuse_dirty_tree
+  name_commit
   git -C "$root" cat-file -e "HEAD:${config%%:*}" 2>/dev/null \
     || fail "commit $commit has no ${config%%:*}"
   local flag flags=""
@@ -136,8 +142,8 @@ echo \$! > kdseg.pid"
 
 verb="${1:-}"
 case "$verb" in
-  create | setup | run | logs | fetch | delete) shift ;;
-  *) fail "say one of create, setup, run, logs, fetch, delete" ;;
+  create | setup | run | logs | fetch | send | delete) shift ;;
+  *) fail "say one of create, setup, run, logs, fetch, send, delete" ;;
 esac
 
 : "${PROJECT:?set PROJECT to the id of the Google Cloud project}"
@@ -160,7 +166,9 @@ fi
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 commit="$(git -C "$root" rev-parse --short=12 HEAD)"
 place=("--project=$PROJECT" "--zone=$ZONE")
-idle="if [ -e kdseg.pid ] && kill -0 \"\$(cat kdseg.pid)\" 2>/dev/null; then
+# By its name too, as a VM that was started again gives the numbers anew.
+idle="pid=\$(cat kdseg.pid 2>/dev/null || true)
+if grep -qs kdseg.main \"/proc/\$pid/cmdline\"; then
   echo 'a run is going on: see logs' >&2; exit 1
 fi"
 
@@ -168,11 +176,17 @@ case "$verb" in
   create) create ;;
   setup) setup "$@" ;;
   run) run "$@" ;;
-  logs) remote "tail -n 100 -F kdseg.log" ;;
+  logs) remote "tail -n 100 -F --pid=\"\$(cat kdseg.pid)\" kdseg.log" ;;
   fetch)
     workdir="${1:?fetch needs the workdir of the run}"
     call mkdir -p "$(dirname "$workdir")"
     tpu_vm scp --recurse "$NAME:$workdir" "$(dirname "$workdir")" --worker=0
+    ;;
+  send)
+    workdir="${1:?send needs a workdir that was fetched}"
+    [[ -d "$workdir" ]] || fail "$workdir is no folder"
+    remote "$idle"$'\n'"mkdir -p $(quoted "$(dirname "$workdir")")" 0
+    tpu_vm scp --recurse "$workdir" "$NAME:$(dirname "$workdir")" --worker=0
     ;;
   delete)
     if [[ "${QUEUED:-}" == 1 ]]; then

@@ -256,6 +256,23 @@ def test_contenders_train_stop_go_on_and_leave_their_best(tmp_path, caplog):
     train_together(torn, {"c": contender(torn / "c")})
 
 
+def test_an_arm_has_the_same_bits_alone_and_in_company(tmp_path):
+  alone, company = tmp_path / "alone", tmp_path / "company"
+  train_together(alone, {"a": contender(alone / "a")})
+  wide = dataclasses.replace(
+    contender(
+      company / "b", network=tiny.Network(4, axis_name=step_lib.AXIS), seed=1
+    ),
+    kind="wide",
+  )
+  train_together(company, {"b": wide, "a": contender(company / "a")})
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    variables_of(alone / "a"),
+    variables_of(company / "a"),
+  )
+
+
 def test_one_that_diverges_says_why_and_saves_its_batch(tmp_path):
   with pytest.raises(train.DivergedError, match="not finite at step 0"):
     train_together(

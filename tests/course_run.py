@@ -1,0 +1,91 @@
+"""A run of the smallest networks in a process of its own.
+
+  python tests/course_run.py WORKDIR DATA_DIR [--steps N] [--stop]
+      [--coordinator HOST:PORT --hosts N --host I]
+
+For determinism_test and hosts_test. How many devices there are, XLA_FLAGS says.
+--stop ends it after the second step of the students. Ends as `kdseg.main` does.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+
+import tiny
+from tiny_run import make_config
+
+from kdseg import experiment
+from kdseg import hosts
+from kdseg import networks
+from kdseg import stopping
+
+
+def make_training(steps):
+  return {
+    # Adam makes full steps of what is rounding noise.
+    "optimizer": "sgd",
+    "learning_rate": 0.1,
+    # Of three steps each.
+    "epochs": steps / 3,
+    "validate_epochs": 2.0,
+    "save_epochs": 2.0,
+    "average_decay": 0.5,
+  }
+
+
+def main():
+  parser = argparse.ArgumentParser()
+  parser.add_argument("workdir", type=pathlib.Path)
+  parser.add_argument("data_dir", type=pathlib.Path)
+  parser.add_argument("--steps", type=int, default=6)
+  parser.add_argument("--stop", action="store_true")
+  parser.add_argument("--coordinator", default="")
+  parser.add_argument("--hosts", type=int, default=0)
+  parser.add_argument("--host", type=int, default=-1)
+  options = parser.parse_args()
+  if options.coordinator:
+    hosts.start(options.coordinator, options.hosts, options.host, timeout=30)
+  networks.NETWORKS["tiny"] = networks.STUDENTS["tiny"] = tiny.Network
+  training = make_training(options.steps)
+  teacher = {
+    "network": "tiny",
+    "options": {"channels": 5},
+    "seed": 0,
+    "checkpoint": "",
+    "precompute": False,
+    "training": training,
+  }
+  config = make_config(
+    options.data_dir,
+    log_every=1,
+    teachers={"teacher_tiny": teacher},
+    distil_from=("teacher_tiny",),
+    students={"tiny": {"channels": 3}},
+    methods={
+      "none": {},
+      "mbf": {"terms": {"mbf": 1.0}, "taps": ("low",), "generator": "1x1"},
+    },
+    arms={"tiny": {"methods": ("none", "mbf"), "seeds": (0,)}},
+    training=training,
+  )
+  log = options.workdir / "log.jsonl"
+
+  def students_have_begun():
+    lines = log.read_text().splitlines() if log.exists() else []
+    return any(json.loads(line)["stage"] == "students" for line in lines)
+
+  try:
+    with stopping.on_signals() as asked:
+      experiment.run(
+        config,
+        options.workdir,
+        stop=students_have_begun if options.stop else asked,
+      )
+  except stopping.StoppedError as error:
+    print(error)
+    sys.exit(stopping.EXIT_CODE)
+
+
+if __name__ == "__main__":
+  main()
