@@ -19,6 +19,10 @@ Variants:
                                               the validation images alone
   --config configs/isic2016.py:comparison     every rival and control on the
                                               small student, five seeds
+  --config configs/isic2016.py:why            MBF and M2BF at other weights and
+                                              widths, on the small student,
+                                              scored on the validation images
+                                              alone
   --config.arms.patch_unet_50k.seeds='(0,)'   fewer seeds; more can follow in
                                               the same workdir
 """
@@ -82,6 +86,22 @@ COMPARISON = {
   "bpkd": {"terms": {"bpkd": 1.0}},
   "ultralbm": {"terms": {"ultralbm": 1.0}},
 }
+# Why no more comes of it? Settings of MBF and M2BF, compared on validation.
+WHY = {
+  "none": {},
+  "mbf": BAND,
+  "mbf_weak": {**BAND, "terms": {"mbf": 0.3}},
+  "mbf_strong": {**BAND, "terms": {"mbf": 3.0}},
+  "mbf_narrow": {**BAND, "radius": 3.0},
+  "mbf_broad": {**BAND, "radius": 8.0},
+  "mbf_all_hidden": {**BAND, "mask_ratio": 1.0},
+  # A hidden cell has no gradient of its own: the boundary itself is taught
+  # less directly than the rest, unless its error alone counts.
+  "band_loss": {**BAND, "loss_region": "band"},
+  "m2bf": COMPARISON["m2bf"],
+  "m2bf_weak": {**COMPARISON["m2bf"], "terms": {"m2bf": 0.3}},
+  "m2bf_strong": {**COMPARISON["m2bf"], "terms": {"m2bf": 3.0}},
+}
 RIVALS = (
   "kd", "cwd", "dist", "at", "skd_pa", "ifvd", "cirkd_lite", "emkd", "fgd",
   "maskd", "bpkd", "ultralbm", "mgd", "fitnet",
@@ -89,10 +109,10 @@ RIVALS = (
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-  """Returns the config, or that of the variant "search" or "comparison"."""
-  if variant not in ("", "search", "comparison"):
+  """Returns the config of a variant; see the head of this file."""
+  if variant not in ("", "search", "comparison", "why"):
     raise ValueError(
-      f'the variants are "search" and "comparison", not "{variant}"'
+      f'the variants are "search", "comparison" and "why", not "{variant}"'
     )
   c = ml_collections.ConfigDict()
   c.seed = 0
@@ -191,6 +211,12 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
       ("m2bf", "mgd"),
       ("mbf", "rolled_band"),
       ("m2bf", RIVALS),
+    )
+  if variant == "why":
+    c.data.tests = ("validation",)
+    c.methods = ml_collections.ConfigDict(WHY)
+    c.arms = ml_collections.ConfigDict(
+      {"patch_unet_12k": {"methods": tuple(WHY), "seeds": (0, 1)}}
     )
   if variant == "search":
     c.data.tests = ("validation",)

@@ -210,7 +210,7 @@ def cirkd_lite(
 
   def log_similarity(image: Array, batch: Array) -> Array:
     cosines = jnp.einsum(
-      "pc,jqc->jpq", image, batch, precision=jax.lax.Precision.HIGHEST
+      "pc,jqc->pjq", image, batch, precision=jax.lax.Precision.HIGHEST
     )
     return jax.nn.log_softmax(cosines / temperature, -1)
 
