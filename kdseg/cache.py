@@ -10,10 +10,13 @@ by the student alone.
 from collections.abc import Callable
 from collections.abc import Mapping
 import json
+import os
 import pathlib
 from typing import Any
 
 import numpy as np
+
+from kdseg import disk
 
 ORIENTATIONS = 8
 
@@ -107,7 +110,8 @@ def compute(
     progress: called with (images done, images in all).
   """
   directory = pathlib.Path(directory)
-  directory.mkdir(parents=True, exist_ok=True)
+  with disk.writing(directory):
+    directory.mkdir(parents=True, exist_ok=True)
   record_path = directory / "record.json"
   record = {"key": key, "orientations": orientations, "done": 0}
   if record_path.exists():
@@ -147,16 +151,14 @@ def compute(
     for name, answer in answers.items():
       answer = np.asarray(answer)[: len(batch)]
       if name not in files:
-        files[name] = np.lib.format.open_memmap(
-          directory / f"{name}.npy",
-          "w+",
-          np.float16,
-          (orientations, count, *answer.shape[1:]),
+        files[name] = _make_file(
+          directory / f"{name}.npy", (orientations, count, *answer.shape[1:])
         )
       files[name][orientation, start : start + len(batch)] = answer
     if number % 16 == 15 or number + 1 == len(starts):
-      for file in files.values():
-        file.flush()
+      with disk.writing(directory):
+        for file in files.values():
+          file.flush()
       record["done"] = number + 1
       _write_record(record_path, record)
     if progress is not None:
@@ -164,10 +166,28 @@ def compute(
   return files
 
 
+def _make_file(path: pathlib.Path, shape: tuple[int, ...]) -> np.ndarray:
+  """Makes an array of float16 on disk, which has its space from the start.
+
+  Without, a disk that is full later would end the process, with no error.
+
+  Raises:
+    WriteError: if there is not enough space; nothing of the file is left.
+  """
+  with disk.writing(path):
+    try:
+      file = np.lib.format.open_memmap(path, "w+", np.float16, shape)
+      if hasattr(os, "posix_fallocate"):  # macOS has none.
+        with open(path, "r+b") as raw:
+          os.posix_fallocate(raw.fileno(), 0, path.stat().st_size)
+    except OSError:
+      path.unlink(missing_ok=True)
+      raise
+  return file
+
+
 def _write_record(path: pathlib.Path, record: Mapping[str, Any]) -> None:
-  scratch = path.with_suffix(".part")
-  scratch.write_text(json.dumps(record))
-  scratch.replace(path)
+  disk.write_text(path, json.dumps(record))
 
 
 def _padded(array: np.ndarray, length: int) -> np.ndarray:

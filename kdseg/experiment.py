@@ -29,6 +29,7 @@ from PIL import Image
 from kdseg import cache
 from kdseg import checkpoint
 from kdseg import choices
+from kdseg import disk
 from kdseg import evaluate
 from kdseg import hosts
 from kdseg import metrics
@@ -137,11 +138,14 @@ def run(
       another config.
     DataError: if the data are not as they should be.
     ConfigError: on a config that cannot be run.
+    WriteError: if the disk is full or may not be written to; the same call
+      continues.
   """
   workdir = pathlib.Path(workdir)
   own = own or own_lib.Own()
   plans, methods = check(config, own)
-  workdir.mkdir(parents=True, exist_ok=True)
+  with disk.writing(workdir):
+    workdir.mkdir(parents=True, exist_ok=True)
   with contextlib.ExitStack() as stack:
 
     def enter() -> bool:
@@ -823,7 +827,8 @@ def _next_group(
   if not open_keys:
     return [], ""
   folder = workdir / "checkpoints" / "arms"
-  folder.mkdir(parents=True, exist_ok=True)
+  with disk.writing(folder):
+    folder.mkdir(parents=True, exist_ok=True)
   known = {plan.key for plan in plans}
   groups = sorted(folder.glob("*/group.json"))
   for path in groups:
@@ -838,7 +843,8 @@ def _next_group(
         )
       return keys, path.parent.name
   path = folder / f"{len(groups):03d}" / "group.json"
-  path.parent.mkdir(exist_ok=True)
+  with disk.writing(path):
+    path.parent.mkdir(exist_ok=True)
   checkpoint.write_json(path, open_keys)
   return open_keys, path.parent.name
 
@@ -1053,9 +1059,10 @@ def write_report(
   meta = _describe_protocol(config, workdir, data, plans, own)
   checkpoint.write_json(workdir / "report.json", meta)
   picture = _draw_overlays(workdir, data, rows)
-  picture.save(workdir / "overlays.png")
+  with disk.whole(workdir / "overlays.png") as file:
+    picture.save(file, "PNG")
   for name, text in tables.make_tables(rows, meta).items():
-    (workdir / name).write_text(text, "utf-8", "backslashreplace", "\n")
+    disk.write_text(workdir / name, text)
 
 
 def _describe_protocol(
@@ -1245,5 +1252,7 @@ def _save_prediction(
 ) -> None:
   stopping.check(stop, f"{arm} seed {seed} was scored on {test}")
   path = _prediction_path(workdir, arm, seed, test, identity)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  Image.fromarray(mask).save(path)
+  with disk.writing(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+  with disk.whole(path) as file:
+    Image.fromarray(mask).save(file, "PNG")

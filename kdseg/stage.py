@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdseg import checkpoint
+from kdseg import disk
 from kdseg import evaluate
 from kdseg import feed
 from kdseg import hosts
@@ -202,12 +203,13 @@ def train_together(
     if not hosts.is_first():
       return
     path = folder / f"non_finite-{name}-step{step}.npz"
-    np.savez_compressed(
-      path,
-      image=made_of["image"],
-      mask=made_of["mask"],
-      ids=np.array(made_of["ids"]),
-    )
+    with disk.whole(path) as file:
+      np.savez_compressed(
+        file,
+        image=made_of["image"],
+        mask=made_of["mask"],
+        ids=np.array(made_of["ids"]),
+      )
     _LOG.warning("%s: the batch is saved in %s", stage, path)
 
   with contextlib.ExitStack() as stack:
@@ -566,7 +568,8 @@ def _write_result(contender: Contender, arm: train.Arm, steps: int) -> None:
     "diverged": arm.diverged,
   }
   if not arm.best:
-    contender.destination.mkdir(parents=True, exist_ok=True)
+    with disk.writing(contender.destination):
+      contender.destination.mkdir(parents=True, exist_ok=True)
     checkpoint.write_json(contender.destination / "failed.json", about)
     return
   checkpoint.save_variables(

@@ -17,6 +17,7 @@ import jax
 import ml_collections
 
 from kdseg import checkpoint
+from kdseg import disk
 
 PACKAGES = (
   "kdseg",
@@ -42,8 +43,11 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
 
   Raises:
     WorkdirError: if another process holds it.
+    WriteError: if the workdir may not be written to.
   """
-  with open(workdir / ".lock", "a", encoding="utf-8") as file:
+  with contextlib.ExitStack() as stack:
+    with disk.writing(workdir):
+      file = stack.enter_context(open(workdir / ".lock", "a", encoding="utf-8"))
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -1,6 +1,5 @@
 import json
 import logging
-import pathlib
 
 from flax import linen as nn
 import jax
@@ -171,39 +170,6 @@ def test_damaged_variables_are_refused_by_their_folder(tmp_path):
   _overwrite(tmp_path / "variables")
   with pytest.raises(checkpoint.CheckpointError, match="cannot be read"):
     checkpoint.load_variables(tmp_path)
-
-
-def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-  path = tmp_path / "about.json"
-  checkpoint.write_json(path, {"old": 1})
-
-  written = []
-
-  def write_half(self, text, *arguments, **options):
-    written.append(self)
-    with open(self, "w", encoding="utf-8") as file:
-      file.write(text[: len(text) // 2])
-    raise OSError("no space left")
-
-  with monkeypatch.context() as patch:
-    patch.setattr(pathlib.Path, "write_text", write_half)
-    with pytest.raises(OSError, match="no space"):
-      checkpoint.write_json(path, {"new": list(range(100))})
-  assert json.loads(path.read_text()) == {"old": 1}
-
-  # Another try is not in its own way, and never touches the file itself.
-  write = pathlib.Path.write_text
-
-  def write_whole(self, *arguments, **options):
-    written.append(self)
-    return write(self, *arguments, **options)
-
-  with monkeypatch.context() as patch:
-    patch.setattr(pathlib.Path, "write_text", write_whole)
-    checkpoint.write_json(path, {"new": 2})
-  assert json.loads(path.read_text()) == {"new": 2}
-  assert path not in written
-  assert len(written) == 2
 
 
 def test_json_lines_are_appended(tmp_path):

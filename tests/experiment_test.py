@@ -5,6 +5,8 @@ Runs are shared: each one compiles several programs, which is what costs.
 
 import csv
 import json
+import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from tiny_run import TEACHER
 from tiny_run import make_config
 
 from kdseg import checkpoint
+from kdseg import disk
 from kdseg import experiment
 from kdseg import own as own_lib
 from kdseg import workdir as workdir_lib
@@ -384,6 +387,49 @@ def test_stopped_twice_and_gone_on_is_as_never_stopped(
   # The last state too, as the best one may be from before the stop.
   assert_same_checkpoints(workdir, finished.workdir)
   assert experiment.run(finished.config, workdir) is False
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+  """A disk of 2 MiB."""
+  place = tmp_path / "disk"
+  place.mkdir()
+  mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", place]
+  if not shutil.which("mount") or subprocess.run(mount, check=False).returncode:
+    pytest.skip("mounting a disk takes rights that this process lacks")
+  yield place
+  subprocess.run(["umount", place], check=True)
+
+
+def test_on_a_disk_that_is_full_again_and_again_it_ends_as_never_stopped(
+  finished, small_disk
+):
+  config = finished.config.copy_and_resolve_references()
+  workdir = copy(finished, small_disk / "run", "config.json", "teachers")
+  filler = small_disk / "filler"
+  free = shutil.disk_usage(small_disk).free
+  filler.write_bytes(bytes(free))
+  named = set()
+  while True:
+    try:
+      assert experiment.run(config, workdir) is True
+      break
+    except disk.WriteError as error:
+      path, _, why = str(error).partition(" cannot be written: ")
+      assert why.startswith("the disk is full. Free some space, then the same")
+      named.add(str(pathlib.Path(path).relative_to(workdir)))
+    assert not list(workdir.rglob("*.part"))
+    free -= 400 << 10
+    assert free > 0
+    os.truncate(filler, free)
+  # One thing after the other found no room.
+  assert len(named) > 1, named
+  for name in ("scores.csv", "table.md", "report.json", "overlays.png"):
+    assert (workdir / name).read_bytes() == (
+      finished.workdir / name
+    ).read_bytes()
+  for line in (workdir / "log.jsonl").read_text().splitlines():
+    json.loads(line)
 
 
 def test_arms_that_are_added_are_trained_alone(finished, folder, data_dir):
