@@ -8,6 +8,7 @@ a second start continues the first, and a third finds nothing to do.
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
+from collections.abc import Sequence
 import contextlib
 import dataclasses
 import functools
@@ -67,6 +68,8 @@ TEST_NAMES = {
 VALIDATION = "validation"
 # The mean of several teachers, as an arm of its own.
 JOINT = "teacher"
+# The rows of the group that is being scored, a batch a line.
+_NOTED = "scoring.jsonl"
 
 
 class ConfigError(ValueError):
@@ -600,7 +603,11 @@ def _encode(
         arrays.image,
         cache_folder(workdir) / f"{name}-{split}",
         batch_size=config.evaluation.batch_size,
-        key=_key(variables["params"].get("encoder", {}), arrays, repr(network)),
+        key=_key(
+          pipeline.fingerprint(arrays),
+          variables["params"].get("encoder", {}),
+          repr(network),
+        ),
         orientations=count,
         progress=_progress(f"{name}: encoding {split}", stop),
       )
@@ -642,9 +649,9 @@ def _mapped(
   return call
 
 
-def _key(tree: Tree, arrays: pipeline.Arrays, *more: str) -> str:
-  """Names weights, data and whatever else decides a cache's content."""
-  digest = hashlib.sha256(pipeline.fingerprint(arrays).encode())
+def _key(data: str, tree: Tree, *more: str) -> str:
+  """Names data, weights and whatever else decides what is kept."""
+  digest = hashlib.sha256(data.encode())
   for leaf in jax.tree.leaves(tree):
     digest.update(np.ascontiguousarray(leaf).tobytes())
   for text in more:
@@ -912,8 +919,8 @@ def _make_teaching(
 
   name = "+".join(config.distil_from)
   key = _key(
+    pipeline.fingerprint(data.train),
     teacher.variables,
-    data.train,
     repr(teacher.network),
     str(config.taught_channels),
     *taps,
@@ -956,8 +963,16 @@ def score_arms(
   own: own_lib.Own,
   stop: stopping.Stop,
 ) -> None:
-  """Scores every arm on every test set, once; rows go to scores.csv."""
+  """Scores every arm on every test set, once; rows go to scores.csv.
+
+  The rows of the group that is being scored are noted, for the case that it is
+  stopped.
+
+  Raises:
+    StoppedError: if `stop` says so.
+  """
   path = workdir / "scores.csv"
+  asked = hosts.share_question(stop)
   expected = {test: arrays.ids for test, arrays in data.tests.items()}
 
   def look() -> tuple[list[Any], list[bool]]:
@@ -987,6 +1002,10 @@ def score_arms(
         )
       )
   predicts: dict[str, Callable[..., Any]] = {}
+  # Of as many images as there are, this takes a moment.
+  fingerprint = functools.cache(
+    lambda test: pipeline.fingerprint(data.tests[test])
+  )
   for arm, seed, finished in entries:
     for test, arrays in data.tests.items():
       if (arm, seed, test) in done:
@@ -1000,15 +1019,16 @@ def score_arms(
         if is_teacher
         else config.evaluation.averaging
       )
-      scored = evaluate.score(
+      scored = _score_group(
+        (arm, seed, test),
+        network,
         predicts[repr(network.network)],
-        step_lib.replicate(network.variables),
         arrays,
+        workdir,
         batch_size=config.evaluation.batch_size,
         averaging=averaging,
-        keep=functools.partial(
-          _save_prediction, workdir, arm, seed, test, stop
-        ),
+        fingerprint=fingerprint,
+        stop=asked,
       )
       if hosts.is_first():
         scores_lib.append(
@@ -1018,10 +1038,73 @@ def score_arms(
           ],
           expected,
         )
+        (workdir / _NOTED).unlink()
       _LOG.info(
         "scores: %s seed %d on %s: Dice %.4f",
         arm, seed, test, np.mean([row["dice"] for row in scored]),
       )  # fmt: skip
+
+
+def _score_group(
+  group: scores_lib.Group,
+  teacher: Teacher,
+  predict: Callable[..., Any],
+  arrays: pipeline.Arrays,
+  workdir: pathlib.Path,
+  *,
+  batch_size: int,
+  averaging: str,
+  fingerprint: Callable[[str], str],
+  stop: stopping.Stop,
+) -> list[evaluate.Row]:
+  """Scores one network on one test set, from where it was stopped.
+
+  Raises:
+    StoppedError: if `stop` says so.
+  """
+  arm, seed, test = group
+  noted = workdir / _NOTED
+
+  def look() -> list[list[evaluate.Row]]:
+    how = (arm, str(seed), test, averaging, str(batch_size))
+    key = _key(fingerprint(test), teacher.variables, *how)
+    return _read_noted(noted, key)
+
+  def note(rows: Sequence[evaluate.Row]) -> None:
+    if hosts.is_first():
+      checkpoint.append_json_line(noted, rows)
+    stopping.check(stop, f"{arm} seed {seed} was scored on {test}")
+
+  before = hosts.on_first(look)
+  if before:
+    _LOG.info(
+      "scores: %s seed %d on %s goes on from image %d of %d",
+      arm, seed, test, sum(map(len, before)), len(arrays),
+    )  # fmt: skip
+  return evaluate.score(
+    predict,
+    step_lib.replicate(teacher.variables),
+    arrays,
+    batch_size=batch_size,
+    averaging=averaging,
+    keep=functools.partial(_save_prediction, workdir, arm, seed, test),
+    before=before,
+    note=note,
+  )
+
+
+def _read_noted(path: pathlib.Path, key: str) -> list[list[evaluate.Row]]:
+  """Returns the batches that were noted under this key; begins with none."""
+  if path.exists():
+    with contextlib.suppress(ValueError):
+      # A line that was cut off is none.
+      lines = path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
+      head, *batches = [json.loads(line) for line in lines]
+      if head == {"key": key}:
+        return batches
+    path.unlink()
+  checkpoint.append_json_line(path, {"key": key})
+  return []
 
 
 def _student(
@@ -1246,11 +1329,9 @@ def _save_prediction(
   arm: str,
   seed: int,
   test: str,
-  stop: stopping.Stop,
   identity: str,
   mask: np.ndarray,
 ) -> None:
-  stopping.check(stop, f"{arm} seed {seed} was scored on {test}")
   path = _prediction_path(workdir, arm, seed, test, identity)
   with disk.writing(path):
     path.parent.mkdir(parents=True, exist_ok=True)

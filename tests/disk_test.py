@@ -22,7 +22,6 @@ from kdseg import experiment
 from kdseg import metrics
 from kdseg import networks
 from kdseg import predict
-from kdseg import stopping
 from kdseg.data import pipeline
 from kdseg.deploy import export
 from kdseg.deploy import models
@@ -102,9 +101,7 @@ def write_scores(folder, seed):
 
 def write_prediction(folder, seed):
   mask = np.random.default_rng(seed).random((40, 40)) > 0.5
-  experiment._save_prediction(
-    folder, "x", seed, "d", stopping.never, "image", mask
-  )
+  experiment._save_prediction(folder, "x", seed, "d", "image", mask)
   return folder / "predictions" / f"x-seed{seed}" / "d" / "image.png"
 
 

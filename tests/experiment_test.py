@@ -25,6 +25,7 @@ from kdseg import checkpoint
 from kdseg import disk
 from kdseg import experiment
 from kdseg import own as own_lib
+from kdseg import stopping
 from kdseg import workdir as workdir_lib
 from kdseg.report import scores as scores_lib
 
@@ -387,6 +388,56 @@ def test_stopped_twice_and_gone_on_is_as_never_stopped(
   # The last state too, as the best one may be from before the stop.
   assert_same_checkpoints(workdir, finished.workdir)
   assert experiment.run(finished.config, workdir) is False
+
+
+def test_scoring_that_is_stopped_after_every_batch_is_as_never_stopped(
+  finished, folder
+):
+  config = finished.config.copy_and_resolve_references()
+  config.evaluation.batch_size = 4
+  config.evaluation.teacher_averaging = "dihedral"
+  whole, torn = (
+    copy(finished, folder / name, "teachers", "arms")
+    for name in ("whole", "torn_scores")
+  )
+  experiment.run(config, whole)
+  said = []
+  while True:
+    try:
+      experiment.run(config, torn, stop=lambda: True)
+      break
+    except stopping.StoppedError as error:
+      said.append(str(error))
+    # And killed as the next was noted.
+    with open(torn / "scoring.jsonl", "ab") as file:
+      file.write(b'[{"boundary_f1": 0.')
+  # Two batches of three networks, none of them twice.
+  assert len(said) == 6
+  assert said[0] == (
+    "stopped while teacher_unet seed 0 was scored on synthetic_test; the same "
+    "command continues from there"
+  )
+  for part in ("scores.csv", "table.md"):
+    assert (torn / part).read_bytes() == (whole / part).read_bytes()
+  masks = [
+    {
+      name: content
+      for name, (_, content) in snapshot(w / "predictions").items()
+    }
+    for w in (torn, whole)
+  ]
+  assert masks[0] == masks[1]
+  assert len(masks[0]) == 18
+  assert not (torn / "scoring.jsonl").exists()
+
+
+def test_what_was_noted_of_other_weights_is_not_gone_on_from(tmp_path):
+  path = tmp_path / "scoring.jsonl"
+  assert experiment._read_noted(path, "old") == []
+  checkpoint.append_json_line(path, [{"id": "a"}])
+  assert experiment._read_noted(path, "old") == [[{"id": "a"}]]
+  assert experiment._read_noted(path, "new") == []
+  assert experiment._read_noted(path, "old") == []
 
 
 @pytest.fixture
