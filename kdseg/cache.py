@@ -113,17 +113,20 @@ def compute(
   with disk.writing(directory):
     directory.mkdir(parents=True, exist_ok=True)
   record_path = directory / "record.json"
-  record = {"key": key, "orientations": orientations, "done": 0}
-  if record_path.exists():
-    found = json.loads(record_path.read_text())
-    if {**found, "done": 0} == record:
-      record = found
+  record = {"key": key, "orientations": orientations, "images": 0}
   count = len(images)
   starts = [
     (o, s) for o in range(orientations) for s in range(0, count, batch_size)
   ]
+  if record_path.exists():
+    found = json.loads(record_path.read_text())
+    # Once batches were counted, whose size could not change then.
+    if found.pop("done", None) == len(starts):
+      found["images"] = orientations * count
+    if {**found, "images": 0} == record:
+      record |= found
   files: Arrays = {}
-  if record["done"]:
+  if record["images"]:
     files = {
       path.stem: np.load(path, mmap_mode="r+")
       for path in sorted(directory.glob("*.npy"))
@@ -134,8 +137,10 @@ def compute(
     _write_record(record_path, record)
     for path in directory.glob("*.npy"):
       path.unlink()
-  for number in range(record["done"], len(starts)):
-    orientation, start = starts[number]
+  for number, (orientation, start) in enumerate(starts):
+    done = orientation * count + min(start + batch_size, count)
+    if done <= record["images"]:
+      continue
     batch = orient(images[start : start + batch_size], orientation)
     given = [_padded(batch, batch_size)]
     if extra is not None:
@@ -159,10 +164,10 @@ def compute(
       with disk.writing(directory):
         for file in files.values():
           file.flush()
-      record["done"] = number + 1
+      record["images"] = done
       _write_record(record_path, record)
     if progress is not None:
-      progress(orientation * count + start + len(batch), orientations * count)
+      progress(done, orientations * count)
   return files
 
 

@@ -33,6 +33,7 @@ from kdseg import choices
 from kdseg import disk
 from kdseg import evaluate
 from kdseg import hosts
+from kdseg import memory
 from kdseg import metrics
 from kdseg import networks
 from kdseg import objective
@@ -68,8 +69,27 @@ TEST_NAMES = {
 VALIDATION = "validation"
 # The mean of several teachers, as an arm of its own.
 JOINT = "teacher"
+# What the report was made of, written after it.
+_REPORTED = ".reported"
 # The rows of the group that is being scored, a batch a line.
 _NOTED = "scoring.jsonl"
+
+
+# What a config holds, a key that is optional in brackets.
+_KEYS = (
+  *("seed", "log_every", "data", "augment", "segmentation", "encoder_weights"),
+  *("teachers", "distil_from", "precompute_teacher", "taught_channels"),
+  *("taught_averaging", "methods", "students", "arms", "training"),
+  *("evaluation", "[primary]"),
+)
+_DATA_KEYS = (
+  *("name", "tests", "size", "batch_size", "manual_dir", "data_dir", "options"),
+)
+_EVALUATION_KEYS = ("batch_size", "averaging", "teacher_averaging", "[groups]")
+_TEACHER_KEYS = (
+  *("network", "options", "seed", "checkpoint", "precompute", "training"),
+)
+_ARM_KEYS = ("methods", "seeds")
 
 
 class ConfigError(ValueError):
@@ -143,6 +163,7 @@ def run(
     ConfigError: on a config that cannot be run.
     WriteError: if the disk is full or may not be written to; the same call
       continues.
+    OutOfMemoryError: if there is not enough memory; the same call continues.
   """
   workdir = pathlib.Path(workdir)
   own = own or own_lib.Own()
@@ -161,7 +182,12 @@ def run(
       return False
     started = time.monotonic()
     log = make_log(workdir)
-    data = load_data(config)
+    with memory.enough(
+      f"data: images of {config.data.size} x {config.data.size}",
+      "Free some, then the same command continues; or lower data.size, in "
+      "another --workdir",
+    ):
+      data = load_data(config)
     _check_data_agree(data)
     if hosts.is_first():
       workdir_lib.write_environment(workdir, describe_data(data))
@@ -218,6 +244,7 @@ def check(
     ConfigError: on a config that cannot be run.
   """
   try:
+    _check_keys(config)
     plans = plan_arms(config)
     methods = {
       name: objective.make_method(dict(options), own)
@@ -236,6 +263,32 @@ def check(
       "config with those in configs/"
     ) from error
   return plans, methods
+
+
+def _check_keys(config: ml_collections.ConfigDict) -> None:
+  """Raises ValueError on keys that are missing, or that nothing reads."""
+  parts = [
+    ("", config, _KEYS),
+    ("data.", config.get("data"), _DATA_KEYS),
+    ("evaluation.", config.get("evaluation"), _EVALUATION_KEYS),
+  ]
+  for group, keys in (("teachers", _TEACHER_KEYS), ("arms", _ARM_KEYS)):
+    entries = dict(config.get(group) or {})
+    parts += [(f"{group}.{n}.", entry, keys) for n, entry in entries.items()]
+  for prefix, part, keys in parts:
+    for key in keys:
+      if key not in part and not key.startswith("["):
+        raise ValueError(
+          f"the config has no {prefix}{key}, which kdseg "
+          f"{workdir_lib.version()} reads: it may be for another version; "
+          "compare it with those in configs/"
+        )
+    known = [prefix + key.strip("[]") for key in keys]
+    choices.check_known(
+      f"key of a config in kdseg {workdir_lib.version()}",
+      [prefix + key for key in part],
+      known,
+    )
 
 
 def plan_arms(config: ml_collections.ConfigDict) -> list[Plan]:
@@ -417,12 +470,14 @@ def is_finished(
   workdir: pathlib.Path,
   plans: list[Plan],
 ) -> bool:
-  """Whether every arm is scored and the report newer than its sources."""
-  scores, table = workdir / "scores.csv", workdir / "table.md"
-  if not (scores.exists() and table.exists()):
+  """Whether every arm is scored, and the report made of these scores."""
+  scores, reported = workdir / "scores.csv", workdir / _REPORTED
+  if not all(
+    path.exists() for path in (scores, reported, workdir / "table.md")
+  ):
     return False
-  made_from = (scores, workdir / "config.json")
-  if any(table.stat().st_mtime < path.stat().st_mtime for path in made_from):
+  # By content: clocks go wrong, and copies have other times.
+  if reported.read_bytes() != _name_sources(workdir):
     return False
   rows, _ = scores_lib.recover(scores)
   done = set(scores_lib.groups(rows))
@@ -459,10 +514,13 @@ def make_training(options: Mapping[str, Any]) -> stage.Training:
   """Returns the training that a config describes.
 
   Raises:
-    ValueError: on an unknown key, with the nearest known one.
+    ValueError: on an unknown key, with the nearest known one, or a missing one.
   """
-  known = [field.name for field in dataclasses.fields(stage.Training)]
-  choices.check_known("key of a training", options, known)
+  fields = dataclasses.fields(stage.Training)
+  choices.check_known("key of a training", options, [f.name for f in fields])
+  for field in fields:
+    if field.default is dataclasses.MISSING and field.name not in options:
+      raise ValueError(f"a training needs {field.name}: set it in the config")
   return stage.Training(**options)
 
 
@@ -520,27 +578,27 @@ def make_teacher(
     if hosts.is_first():
       checkpoint.save_variables(destination, variables, about)
   elif untrained and not c.checkpoint:
-    stage.train_together(
-      name,
-      {
-        name: stage.Contender(
-          kind=name,
-          network=network,
-          seed=int(c.seed),
-          destination=destination,
-          about={"arm": name, "network": c.network, "method": "none"},
-        )
-      },
-      setting=make_setting(config),
-      training=training,
-      folder=workdir / "checkpoints" / name,
-      arrays=data.train,
-      validation=data.validation,
-      log=log,
-      computed={"encoded": encoded} if encoded else None,
-      validation_encoded=validation_encoded,
-      stop=stop,
+    contender = stage.Contender(
+      kind=name,
+      network=network,
+      seed=int(c.seed),
+      destination=destination,
+      about={"arm": name, "network": c.network, "method": "none"},
     )
+    with _enough_to_train(name, 1, config):
+      stage.train_together(
+        name,
+        {name: contender},
+        setting=make_setting(config),
+        training=training,
+        folder=workdir / "checkpoints" / name,
+        arrays=data.train,
+        validation=data.validation,
+        log=log,
+        computed={"encoded": encoded} if encoded else None,
+        validation_encoded=validation_encoded,
+        stop=stop,
+      )
 
   def load() -> Tree:
     variables, about = checkpoint.load_variables(source, expected)
@@ -591,7 +649,9 @@ def _encode(
     image = image.astype(jnp.float32) / 255.0
     return network.apply(variables, image, method="encode")
 
-  function = _mapped(encode, variables)
+  function = _within_memory(
+    _mapped(encode, variables), f"{name}: encoding", config
+  )
   found = []
   for split, arrays, count in (
     ("train", data.train, cache.ORIENTATIONS),
@@ -647,6 +707,16 @@ def _mapped(
     )
 
   return call
+
+
+def _within_memory(
+  function: Callable[..., Any],
+  what: str,
+  config: ml_collections.ConfigDict,
+) -> Callable[..., Any]:
+  """Says what to lower, if a call of `function` takes too much memory."""
+  what = f"{what} in batches of {config.evaluation.batch_size}"
+  return memory.enough(what, stage.LOWER_EVALUATION)(function)
 
 
 def _key(data: str, tree: Tree, *more: str) -> str:
@@ -739,20 +809,36 @@ def train_arms(
       )
       for plan in group
     }
-    stage.train_together(
-      "students",
-      contenders,
-      setting=setting,
-      training=training,
-      folder=folder,
-      arrays=data.train,
-      validation=data.validation,
-      log=log,
-      teach=teaching.teach,
-      teacher_variables=teaching.variables,
-      computed=teaching.computed,
-      stop=stop,
-    )
+    with _enough_to_train("students", len(group), config):
+      stage.train_together(
+        "students",
+        contenders,
+        setting=setting,
+        training=training,
+        folder=folder,
+        arrays=data.train,
+        validation=data.validation,
+        log=log,
+        teach=teaching.teach,
+        teacher_variables=teaching.variables,
+        computed=teaching.computed,
+        stop=stop,
+      )
+
+
+def _enough_to_train(
+  name: str, count: int, config: ml_collections.ConfigDict
+) -> contextlib.AbstractContextManager[None]:
+  """Says what to lower, if there is not enough memory for a stage."""
+  networks_ = "1 network" if count == 1 else f"{count} networks"
+  lower = "data.batch_size or data.size"
+  if count > 1:
+    lower = "data.batch_size, data.size or the number of arms"
+  return memory.enough(
+    f"{name}: training {networks_} on batches of {config.data.batch_size}",
+    f"Free some, then the same command continues; or lower {lower}, in another "
+    "--workdir",
+  )
 
 
 def list_untrained(workdir: pathlib.Path, plans: list[Plan]) -> list[Plan]:
@@ -926,7 +1012,9 @@ def _make_teaching(
     *taps,
   )
   computed = cache.compute(
-    _mapped(answer, teacher.variables),
+    _within_memory(
+      _mapped(answer, teacher.variables), f"{name}: answers", config
+    ),
     data.train.image,
     cache_folder(workdir) / f"taught-{key[:12]}",
     batch_size=config.evaluation.batch_size,
@@ -1081,16 +1169,18 @@ def _score_group(
       "scores: %s seed %d on %s goes on from image %d of %d",
       arm, seed, test, sum(map(len, before)), len(arrays),
     )  # fmt: skip
-  return evaluate.score(
-    predict,
-    step_lib.replicate(teacher.variables),
-    arrays,
-    batch_size=batch_size,
-    averaging=averaging,
-    keep=functools.partial(_save_prediction, workdir, arm, seed, test),
-    before=before,
-    note=note,
-  )
+  what = f"scores: {arm} seed {seed} on {test} in batches of {batch_size}"
+  with memory.enough(what, stage.LOWER_EVALUATION):
+    return evaluate.score(
+      predict,
+      step_lib.replicate(teacher.variables),
+      arrays,
+      batch_size=batch_size,
+      averaging=averaging,
+      keep=functools.partial(_save_prediction, workdir, arm, seed, test),
+      before=before,
+      note=note,
+    )
 
 
 def _read_noted(path: pathlib.Path, key: str) -> list[list[evaluate.Row]]:
@@ -1146,6 +1236,16 @@ def write_report(
     picture.save(file, "PNG")
   for name, text in tables.make_tables(rows, meta).items():
     disk.write_text(workdir / name, text)
+  with disk.whole(workdir / _REPORTED) as file:
+    file.write(_name_sources(workdir))
+
+
+def _name_sources(workdir: pathlib.Path) -> bytes:
+  """Names the content of what a report is made from."""
+  digest = hashlib.sha256()
+  for name in ("config.json", "scores.csv"):
+    digest.update(hashlib.sha256((workdir / name).read_bytes()).digest())
+  return digest.hexdigest().encode() + b"\n"
 
 
 def _describe_protocol(

@@ -15,6 +15,7 @@ from kdseg import choices
 from kdseg import disk
 from kdseg import experiment
 from kdseg import hosts
+from kdseg import memory
 from kdseg import plan
 from kdseg import stopping
 from kdseg import train
@@ -55,6 +56,7 @@ _EXPECTED = (
   disk.WriteError,
   experiment.ConfigError,
   hosts.HostError,
+  memory.OutOfMemoryError,
   train.DivergedError,
   workdir_lib.WorkdirError,
   ImportError,

@@ -19,6 +19,7 @@ from kdseg import disk
 from kdseg import evaluate
 from kdseg import feed
 from kdseg import hosts
+from kdseg import memory
 from kdseg import networks
 from kdseg import objective
 from kdseg import optimizer
@@ -31,6 +32,11 @@ from kdseg.data import pipeline
 from kdseg.networks import distiller as distiller_lib
 
 _LOG = logging.getLogger("kdseg")
+
+# What to do if a network's answers do not fit into memory.
+LOWER_EVALUATION = (
+  "Free some, or lower evaluation.batch_size, then the same command continues"
+)
 
 Tree = Any
 Computed = Mapping[str, Mapping[str, np.ndarray]]
@@ -191,13 +197,17 @@ def train_together(
       predicts[network] = make_predict(contender.network)
 
   def validate(name: str, variables: Tree) -> float:
-    return evaluate.mean_dice(
-      predicts[repr(contenders[name].network)],
-      variables,
-      validation,
-      batch_size=setting.evaluation_batch_size,
-      encoded=validation_encoded,
-    )
+    with memory.enough(
+      f"{stage}: validation in batches of {setting.evaluation_batch_size}",
+      LOWER_EVALUATION,
+    ):
+      return evaluate.mean_dice(
+        predicts[repr(contenders[name].network)],
+        variables,
+        validation,
+        batch_size=setting.evaluation_batch_size,
+        encoded=validation_encoded,
+      )
 
   def save_bad_batch(name: str, step: int, made_of: Mapping[str, Any]) -> None:
     if not hosts.is_first():

@@ -1,5 +1,7 @@
 import json
 import logging
+import os
+import time
 
 from flax import linen as nn
 import jax
@@ -74,6 +76,22 @@ def test_the_latest_two_are_kept(tmp_path):
   step, tree, _ = restore(tmp_path)
   assert step == 3
   np.testing.assert_array_equal(tree["w"], [3, 3])
+
+
+def test_the_latest_is_that_of_most_steps_whatever_the_clock_says(
+  tmp_path, monkeypatch
+):
+  for step in (1, 2):
+    save(tmp_path, step, {"w": np.full(2, step)})
+  now = time.time()
+  os.utime(tmp_path / "1", (now + 1e9, now + 1e9))
+  os.utime(tmp_path / "2", (0, 0))
+  monkeypatch.setattr(time, "time", lambda: 1.0)
+  assert restore(tmp_path)[0] == 2
+  save(tmp_path, 3, {"w": np.full(2, 3)})
+  os.utime(tmp_path / "3", (0, 0))
+  assert restore(tmp_path)[0] == 3
+  assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {"2", "3"}
 
 
 def _overwrite(folder):
