@@ -10,10 +10,13 @@ by the student alone.
 from collections.abc import Callable
 from collections.abc import Mapping
 import json
+import os
 import pathlib
 from typing import Any
 
 import numpy as np
+
+from kdseg import disk
 
 ORIENTATIONS = 8
 
@@ -107,19 +110,23 @@ def compute(
     progress: called with (images done, images in all).
   """
   directory = pathlib.Path(directory)
-  directory.mkdir(parents=True, exist_ok=True)
+  with disk.writing(directory):
+    directory.mkdir(parents=True, exist_ok=True)
   record_path = directory / "record.json"
-  record = {"key": key, "orientations": orientations, "done": 0}
-  if record_path.exists():
-    found = json.loads(record_path.read_text())
-    if {**found, "done": 0} == record:
-      record = found
+  record = {"key": key, "orientations": orientations, "images": 0}
   count = len(images)
   starts = [
     (o, s) for o in range(orientations) for s in range(0, count, batch_size)
   ]
+  if record_path.exists():
+    found = json.loads(record_path.read_text())
+    # Once batches were counted, whose size could not change then.
+    if found.pop("done", None) == len(starts):
+      found["images"] = orientations * count
+    if {**found, "images": 0} == record:
+      record |= found
   files: Arrays = {}
-  if record["done"]:
+  if record["images"]:
     files = {
       path.stem: np.load(path, mmap_mode="r+")
       for path in sorted(directory.glob("*.npy"))
@@ -130,8 +137,10 @@ def compute(
     _write_record(record_path, record)
     for path in directory.glob("*.npy"):
       path.unlink()
-  for number in range(record["done"], len(starts)):
-    orientation, start = starts[number]
+  for number, (orientation, start) in enumerate(starts):
+    done = orientation * count + min(start + batch_size, count)
+    if done <= record["images"]:
+      continue
     batch = orient(images[start : start + batch_size], orientation)
     given = [_padded(batch, batch_size)]
     if extra is not None:
@@ -147,27 +156,43 @@ def compute(
     for name, answer in answers.items():
       answer = np.asarray(answer)[: len(batch)]
       if name not in files:
-        files[name] = np.lib.format.open_memmap(
-          directory / f"{name}.npy",
-          "w+",
-          np.float16,
-          (orientations, count, *answer.shape[1:]),
+        files[name] = _make_file(
+          directory / f"{name}.npy", (orientations, count, *answer.shape[1:])
         )
       files[name][orientation, start : start + len(batch)] = answer
     if number % 16 == 15 or number + 1 == len(starts):
-      for file in files.values():
-        file.flush()
-      record["done"] = number + 1
+      with disk.writing(directory):
+        for file in files.values():
+          file.flush()
+      record["images"] = done
       _write_record(record_path, record)
     if progress is not None:
-      progress(orientation * count + start + len(batch), orientations * count)
+      progress(done, orientations * count)
   return files
 
 
+def _make_file(path: pathlib.Path, shape: tuple[int, ...]) -> np.ndarray:
+  """Makes an array of float16 on disk, which has its space from the start.
+
+  Without, a disk that is full later would end the process, with no error.
+
+  Raises:
+    WriteError: if there is not enough space; nothing of the file is left.
+  """
+  with disk.writing(path):
+    try:
+      file = np.lib.format.open_memmap(path, "w+", np.float16, shape)
+      if hasattr(os, "posix_fallocate"):  # macOS has none.
+        with open(path, "r+b") as raw:
+          os.posix_fallocate(raw.fileno(), 0, path.stat().st_size)
+    except OSError:
+      path.unlink(missing_ok=True)
+      raise
+  return file
+
+
 def _write_record(path: pathlib.Path, record: Mapping[str, Any]) -> None:
-  scratch = path.with_suffix(".part")
-  scratch.write_text(json.dumps(record))
-  scratch.replace(path)
+  disk.write_text(path, json.dumps(record))
 
 
 def _padded(array: np.ndarray, length: int) -> np.ndarray:

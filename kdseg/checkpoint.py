@@ -1,14 +1,19 @@
 """Trees on disk: the course of a training, and finished variables."""
 
 from collections.abc import Mapping
+import errno
 import json
 import logging
+import os
 import pathlib
 from typing import Any
+from typing import BinaryIO
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+
+from kdseg import disk
 
 Tree = Any
 
@@ -44,15 +49,21 @@ def open_checkpoints(
     directory: made if it is missing.
     keep: how many of the latest to keep; the second is there for the case
       that the first is damaged.
+
+  Raises:
+    WriteError: if the directory cannot be made.
   """
   directory = pathlib.Path(directory).absolute()
   # Orbax makes none for a part of the hosts.
-  directory.mkdir(parents=True, exist_ok=True)
+  with disk.writing(directory):
+    directory.mkdir(parents=True, exist_ok=True)
   return ocp.CheckpointManager(
     directory,
     options=ocp.CheckpointManagerOptions(
       max_to_keep=keep,
       create=False,
+      # Of saves that were killed, or that a full disk ended.
+      cleanup_tmp_directories=True,
       enable_async_checkpointing=False,
       multiprocessing_options=_alone(),
     ),
@@ -65,15 +76,20 @@ def save(
   tree: Tree,
   extra: Mapping[str, Any],
 ) -> None:
-  """Saves a tree and a JSON-able mapping beside it."""
-  manager.save(
-    step,
-    args=ocp.args.Composite(
-      tree=ocp.args.StandardSave(to_host(tree)),
-      extra=ocp.args.JsonSave(dict(extra)),
-    ),
-    force=True,
-  )
+  """Saves a tree and a JSON-able mapping beside it.
+
+  Raises:
+    WriteError: if the disk is full; the checkpoints before it stay.
+  """
+  with disk.writing(pathlib.Path(manager.directory)):
+    manager.save(
+      step,
+      args=ocp.args.Composite(
+        tree=ocp.args.StandardSave(to_host(tree)),
+        extra=ocp.args.JsonSave(dict(extra)),
+      ),
+      force=True,
+    )
 
 
 def restore_latest(
@@ -119,13 +135,17 @@ def save_variables(
 
   `about.json` comes last and whole, so that its presence says that the rest is
   there.
+
+  Raises:
+    WriteError: if the disk is full.
   """
   directory = pathlib.Path(directory).absolute()
-  directory.mkdir(parents=True, exist_ok=True)
-  with ocp.StandardCheckpointer(
-    multiprocessing_options=_alone()
-  ) as checkpointer:
-    checkpointer.save(directory / "variables", to_host(variables), force=True)
+  with disk.writing(directory):
+    directory.mkdir(parents=True, exist_ok=True)
+    with ocp.StandardCheckpointer(
+      multiprocessing_options=_alone()
+    ) as checkpointer:
+      checkpointer.save(directory / "variables", to_host(variables), force=True)
   write_json(directory / "about.json", about)
 
 
@@ -205,14 +225,43 @@ def check_match(tree: Tree, expected: Tree, where: str) -> None:
 
 
 def write_json(path: str | pathlib.Path, value: Any) -> None:
-  """Writes JSON whole or not at all."""
-  path = pathlib.Path(path)
-  scratch = path.with_name(path.name + ".part")
-  scratch.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-  scratch.replace(path)
+  """Writes JSON whole or not at all.
+
+  Raises:
+    WriteError: if the disk is full.
+  """
+  disk.write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def append_json_line(path: str | pathlib.Path, record: Any) -> None:
-  """Appends one record to a JSON-lines file."""
-  with open(path, "a", encoding="utf-8") as file:
-    file.write(json.dumps(record, sort_keys=True) + "\n")
+  """Appends one record to a JSON-lines file, whole or not at all.
+
+  Half a line, which is what a process leaves that was killed as it wrote, goes.
+
+  Raises:
+    WriteError: if the disk is full.
+  """
+  line = json.dumps(record, sort_keys=True).encode() + b"\n"
+  with disk.writing(path), open(path, "a+b", buffering=0) as file:
+    end = _end_of_lines(file)
+    file.truncate(end)
+    try:
+      # A disk that fills up meanwhile takes a part, and says so by the number.
+      if file.write(line) < len(line):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError:
+      file.truncate(end)
+      raise
+
+
+def _end_of_lines(file: BinaryIO) -> int:
+  """Returns where the last whole line of a file ends."""
+  end = file.seek(0, os.SEEK_END)
+  while end:
+    start = max(0, end - 4096)
+    file.seek(start)
+    found = file.read(end - start).rfind(b"\n")
+    if found >= 0:
+      return start + found + 1
+    end = start
+  return 0

@@ -3,6 +3,8 @@
 import base64
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Sequence
+import itertools
 import math
 from typing import Any
 import zlib
@@ -18,6 +20,7 @@ from kdseg.data import pipeline
 
 Tree = Any
 Predict = Callable[[Tree, Tree], Any]
+Row = dict[str, Any]
 
 AVERAGING = ("none", "dihedral")
 
@@ -47,6 +50,22 @@ def probabilities(
   Raises:
     ValueError: on an unknown `averaging`.
   """
+  for batch in _answered(
+    predict, variables, arrays, batch_size, averaging, encoded
+  ):
+    yield from batch
+
+
+def _answered(
+  predict: Predict,
+  variables: Tree,
+  arrays: pipeline.Arrays,
+  batch_size: int,
+  averaging: str,
+  encoded: dict[str, np.ndarray] | None = None,
+  first: int = 0,
+) -> Iterator[list[tuple[int, np.ndarray]]]:
+  """Yields what `probabilities` does a batch, from batch `first` on."""
   if averaging not in AVERAGING:
     raise ValueError(
       f"test-time averaging must be one of {', '.join(AVERAGING)}: "
@@ -56,7 +75,8 @@ def probabilities(
   mine = pipeline.shard_for_process(
     np.arange(batch_size), jax.process_index(), jax.process_count()
   )
-  for batch in pipeline.eval_batches(arrays, batch_size):
+  batches = pipeline.eval_batches(arrays, batch_size)
+  for batch in itertools.islice(batches, first, None):
     batch = {name: values[mine] for name, values in batch.items()}
     real = batch["_mask"]
     total = 0.0
@@ -72,8 +92,9 @@ def probabilities(
       answer = np.asarray(predict(variables, step_lib.shard(given)))
       answer = answer.reshape(-1, *answer.shape[2:])
       total = total + cache.restore_orientation(answer, orientation)
-    for i in np.flatnonzero(real):
-      yield int(batch["index"][i]), total[i] / count
+    yield [
+      (int(batch["index"][i]), total[i] / count) for i in np.flatnonzero(real)
+    ]
 
 
 def mean_dice(
@@ -114,7 +135,9 @@ def score(
   batch_size: int,
   averaging: str = "none",
   keep: Callable[[str, np.ndarray], None] | None = None,
-) -> list[dict[str, Any]]:
+  before: Sequence[Sequence[Row]] = (),
+  note: Callable[[Sequence[Row]], None] | None = None,
+) -> list[Row]:
   """Returns one row an image, every metric at the image's own size.
 
   Args:
@@ -125,32 +148,35 @@ def score(
     averaging: see `probabilities`.
     keep: called with (id, predicted mask [h, w] bool) for every image; on the
       first host, if there are several.
+    before: the rows of the first batches, a list a batch, that a call which
+      was stopped had noted; those batches are not predicted again.
+    note: called with the rows of each batch once its masks are kept; on every
+      host.
   """
-  rows: dict[int, dict[str, Any]] = {}
-  masks: dict[int, str] = {}
-  for i, probability in probabilities(
-    predict, variables, arrays, batch_size=batch_size, averaging=averaging
+  rows = [row for batch in before for row in batch]
+  for batch in _answered(
+    predict, variables, arrays, batch_size, averaging, first=len(before)
   ):
-    truth = arrays.native_mask(i)
-    native = metrics.resize_probability(probability, *truth.shape)
-    rows[i] = {"id": arrays.ids[i], **metrics.score(native, truth)}
-    prediction = native > metrics.THRESHOLD
+    scored = []
+    for i, probability in batch:
+      truth = arrays.native_mask(i)
+      native = metrics.resize_probability(probability, *truth.shape)
+      row = {"id": arrays.ids[i], **metrics.score(native, truth)}
+      mask = native > metrics.THRESHOLD
+      scored.append((i, row, _to_text(mask) if hosts.are_many() else mask))
     if hosts.are_many():
-      masks[i] = _to_text(prediction)
-    elif keep is not None:
-      keep(arrays.ids[i], prediction)
-  if not hosts.are_many():
-    return list(rows.values())
-  found = [
-    entry
-    for part in hosts.gather([[i, rows[i], masks[i]] for i in rows])
-    for entry in part
-  ]
-  found.sort(key=lambda entry: entry[0])
-  if keep is not None and hosts.is_first():
-    for i, row, mask in found:
-      keep(row["id"], _from_text(mask, arrays.native_mask(i).shape))
-  return [row for _, row, _ in found]
+      found = [entry for part in hosts.gather(scored) for entry in part]
+      scored = [
+        (i, row, _from_text(mask, arrays.native_mask(i).shape))
+        for i, row, mask in sorted(found, key=lambda entry: entry[0])
+      ]
+    if keep is not None and hosts.is_first():
+      for _, row, mask in scored:
+        keep(row["id"], mask)
+    rows += [row for _, row, _ in scored]
+    if note is not None:
+      note([row for _, row, _ in scored])
+  return rows
 
 
 def _to_text(mask: np.ndarray) -> str:

@@ -8,6 +8,7 @@ a second start continues the first, and a third finds nothing to do.
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
+from collections.abc import Sequence
 import contextlib
 import dataclasses
 import functools
@@ -29,8 +30,10 @@ from PIL import Image
 from kdseg import cache
 from kdseg import checkpoint
 from kdseg import choices
+from kdseg import disk
 from kdseg import evaluate
 from kdseg import hosts
+from kdseg import memory
 from kdseg import metrics
 from kdseg import networks
 from kdseg import objective
@@ -66,6 +69,27 @@ TEST_NAMES = {
 VALIDATION = "validation"
 # The mean of several teachers, as an arm of its own.
 JOINT = "teacher"
+# What the report was made of, written after it.
+_REPORTED = ".reported"
+# The rows of the group that is being scored, a batch a line.
+_NOTED = "scoring.jsonl"
+
+
+# What a config holds, a key that is optional in brackets.
+_KEYS = (
+  *("seed", "log_every", "data", "augment", "segmentation", "encoder_weights"),
+  *("teachers", "distil_from", "precompute_teacher", "taught_channels"),
+  *("taught_averaging", "methods", "students", "arms", "training"),
+  *("evaluation", "[primary]"),
+)
+_DATA_KEYS = (
+  *("name", "tests", "size", "batch_size", "manual_dir", "data_dir", "options"),
+)
+_EVALUATION_KEYS = ("batch_size", "averaging", "teacher_averaging", "[groups]")
+_TEACHER_KEYS = (
+  *("network", "options", "seed", "checkpoint", "precompute", "training"),
+)
+_ARM_KEYS = ("methods", "seeds")
 
 
 class ConfigError(ValueError):
@@ -137,11 +161,15 @@ def run(
       another config.
     DataError: if the data are not as they should be.
     ConfigError: on a config that cannot be run.
+    WriteError: if the disk is full or may not be written to; the same call
+      continues.
+    OutOfMemoryError: if there is not enough memory; the same call continues.
   """
   workdir = pathlib.Path(workdir)
   own = own or own_lib.Own()
   plans, methods = check(config, own)
-  workdir.mkdir(parents=True, exist_ok=True)
+  with disk.writing(workdir):
+    workdir.mkdir(parents=True, exist_ok=True)
   with contextlib.ExitStack() as stack:
 
     def enter() -> bool:
@@ -154,7 +182,12 @@ def run(
       return False
     started = time.monotonic()
     log = make_log(workdir)
-    data = load_data(config)
+    with memory.enough(
+      f"data: images of {config.data.size} x {config.data.size}",
+      "Free some, then the same command continues; or lower data.size, in "
+      "another --workdir",
+    ):
+      data = load_data(config)
     _check_data_agree(data)
     if hosts.is_first():
       workdir_lib.write_environment(workdir, describe_data(data))
@@ -211,6 +244,7 @@ def check(
     ConfigError: on a config that cannot be run.
   """
   try:
+    _check_keys(config)
     plans = plan_arms(config)
     methods = {
       name: objective.make_method(dict(options), own)
@@ -229,6 +263,32 @@ def check(
       "config with those in configs/"
     ) from error
   return plans, methods
+
+
+def _check_keys(config: ml_collections.ConfigDict) -> None:
+  """Raises ValueError on keys that are missing, or that nothing reads."""
+  parts = [
+    ("", config, _KEYS),
+    ("data.", config.get("data"), _DATA_KEYS),
+    ("evaluation.", config.get("evaluation"), _EVALUATION_KEYS),
+  ]
+  for group, keys in (("teachers", _TEACHER_KEYS), ("arms", _ARM_KEYS)):
+    entries = dict(config.get(group) or {})
+    parts += [(f"{group}.{n}.", entry, keys) for n, entry in entries.items()]
+  for prefix, part, keys in parts:
+    for key in keys:
+      if key not in part and not key.startswith("["):
+        raise ValueError(
+          f"the config has no {prefix}{key}, which kdseg "
+          f"{workdir_lib.version()} reads: it may be for another version; "
+          "compare it with those in configs/"
+        )
+    known = [prefix + key.strip("[]") for key in keys]
+    choices.check_known(
+      f"key of a config in kdseg {workdir_lib.version()}",
+      [prefix + key for key in part],
+      known,
+    )
 
 
 def plan_arms(config: ml_collections.ConfigDict) -> list[Plan]:
@@ -410,12 +470,14 @@ def is_finished(
   workdir: pathlib.Path,
   plans: list[Plan],
 ) -> bool:
-  """Whether every arm is scored and the report newer than its sources."""
-  scores, table = workdir / "scores.csv", workdir / "table.md"
-  if not (scores.exists() and table.exists()):
+  """Whether every arm is scored, and the report made of these scores."""
+  scores, reported = workdir / "scores.csv", workdir / _REPORTED
+  if not all(
+    path.exists() for path in (scores, reported, workdir / "table.md")
+  ):
     return False
-  made_from = (scores, workdir / "config.json")
-  if any(table.stat().st_mtime < path.stat().st_mtime for path in made_from):
+  # By content: clocks go wrong, and copies have other times.
+  if reported.read_bytes() != _name_sources(workdir):
     return False
   rows, _ = scores_lib.recover(scores)
   done = set(scores_lib.groups(rows))
@@ -452,10 +514,13 @@ def make_training(options: Mapping[str, Any]) -> stage.Training:
   """Returns the training that a config describes.
 
   Raises:
-    ValueError: on an unknown key, with the nearest known one.
+    ValueError: on an unknown key, with the nearest known one, or a missing one.
   """
-  known = [field.name for field in dataclasses.fields(stage.Training)]
-  choices.check_known("key of a training", options, known)
+  fields = dataclasses.fields(stage.Training)
+  choices.check_known("key of a training", options, [f.name for f in fields])
+  for field in fields:
+    if field.default is dataclasses.MISSING and field.name not in options:
+      raise ValueError(f"a training needs {field.name}: set it in the config")
   return stage.Training(**options)
 
 
@@ -513,27 +578,27 @@ def make_teacher(
     if hosts.is_first():
       checkpoint.save_variables(destination, variables, about)
   elif untrained and not c.checkpoint:
-    stage.train_together(
-      name,
-      {
-        name: stage.Contender(
-          kind=name,
-          network=network,
-          seed=int(c.seed),
-          destination=destination,
-          about={"arm": name, "network": c.network, "method": "none"},
-        )
-      },
-      setting=make_setting(config),
-      training=training,
-      folder=workdir / "checkpoints" / name,
-      arrays=data.train,
-      validation=data.validation,
-      log=log,
-      computed={"encoded": encoded} if encoded else None,
-      validation_encoded=validation_encoded,
-      stop=stop,
+    contender = stage.Contender(
+      kind=name,
+      network=network,
+      seed=int(c.seed),
+      destination=destination,
+      about={"arm": name, "network": c.network, "method": "none"},
     )
+    with _enough_to_train(name, 1, config):
+      stage.train_together(
+        name,
+        {name: contender},
+        setting=make_setting(config),
+        training=training,
+        folder=workdir / "checkpoints" / name,
+        arrays=data.train,
+        validation=data.validation,
+        log=log,
+        computed={"encoded": encoded} if encoded else None,
+        validation_encoded=validation_encoded,
+        stop=stop,
+      )
 
   def load() -> Tree:
     variables, about = checkpoint.load_variables(source, expected)
@@ -584,7 +649,9 @@ def _encode(
     image = image.astype(jnp.float32) / 255.0
     return network.apply(variables, image, method="encode")
 
-  function = _mapped(encode, variables)
+  function = _within_memory(
+    _mapped(encode, variables), f"{name}: encoding", config
+  )
   found = []
   for split, arrays, count in (
     ("train", data.train, cache.ORIENTATIONS),
@@ -596,7 +663,11 @@ def _encode(
         arrays.image,
         cache_folder(workdir) / f"{name}-{split}",
         batch_size=config.evaluation.batch_size,
-        key=_key(variables["params"].get("encoder", {}), arrays, repr(network)),
+        key=_key(
+          pipeline.fingerprint(arrays),
+          variables["params"].get("encoder", {}),
+          repr(network),
+        ),
         orientations=count,
         progress=_progress(f"{name}: encoding {split}", stop),
       )
@@ -638,9 +709,19 @@ def _mapped(
   return call
 
 
-def _key(tree: Tree, arrays: pipeline.Arrays, *more: str) -> str:
-  """Names weights, data and whatever else decides a cache's content."""
-  digest = hashlib.sha256(pipeline.fingerprint(arrays).encode())
+def _within_memory(
+  function: Callable[..., Any],
+  what: str,
+  config: ml_collections.ConfigDict,
+) -> Callable[..., Any]:
+  """Says what to lower, if a call of `function` takes too much memory."""
+  what = f"{what} in batches of {config.evaluation.batch_size}"
+  return memory.enough(what, stage.LOWER_EVALUATION)(function)
+
+
+def _key(data: str, tree: Tree, *more: str) -> str:
+  """Names data, weights and whatever else decides what is kept."""
+  digest = hashlib.sha256(data.encode())
   for leaf in jax.tree.leaves(tree):
     digest.update(np.ascontiguousarray(leaf).tobytes())
   for text in more:
@@ -728,20 +809,36 @@ def train_arms(
       )
       for plan in group
     }
-    stage.train_together(
-      "students",
-      contenders,
-      setting=setting,
-      training=training,
-      folder=folder,
-      arrays=data.train,
-      validation=data.validation,
-      log=log,
-      teach=teaching.teach,
-      teacher_variables=teaching.variables,
-      computed=teaching.computed,
-      stop=stop,
-    )
+    with _enough_to_train("students", len(group), config):
+      stage.train_together(
+        "students",
+        contenders,
+        setting=setting,
+        training=training,
+        folder=folder,
+        arrays=data.train,
+        validation=data.validation,
+        log=log,
+        teach=teaching.teach,
+        teacher_variables=teaching.variables,
+        computed=teaching.computed,
+        stop=stop,
+      )
+
+
+def _enough_to_train(
+  name: str, count: int, config: ml_collections.ConfigDict
+) -> contextlib.AbstractContextManager[None]:
+  """Says what to lower, if there is not enough memory for a stage."""
+  networks_ = "1 network" if count == 1 else f"{count} networks"
+  lower = "data.batch_size or data.size"
+  if count > 1:
+    lower = "data.batch_size, data.size or the number of arms"
+  return memory.enough(
+    f"{name}: training {networks_} on batches of {config.data.batch_size}",
+    f"Free some, then the same command continues; or lower {lower}, in another "
+    "--workdir",
+  )
 
 
 def list_untrained(workdir: pathlib.Path, plans: list[Plan]) -> list[Plan]:
@@ -823,7 +920,8 @@ def _next_group(
   if not open_keys:
     return [], ""
   folder = workdir / "checkpoints" / "arms"
-  folder.mkdir(parents=True, exist_ok=True)
+  with disk.writing(folder):
+    folder.mkdir(parents=True, exist_ok=True)
   known = {plan.key for plan in plans}
   groups = sorted(folder.glob("*/group.json"))
   for path in groups:
@@ -838,7 +936,8 @@ def _next_group(
         )
       return keys, path.parent.name
   path = folder / f"{len(groups):03d}" / "group.json"
-  path.parent.mkdir(exist_ok=True)
+  with disk.writing(path):
+    path.parent.mkdir(exist_ok=True)
   checkpoint.write_json(path, open_keys)
   return open_keys, path.parent.name
 
@@ -906,14 +1005,16 @@ def _make_teaching(
 
   name = "+".join(config.distil_from)
   key = _key(
+    pipeline.fingerprint(data.train),
     teacher.variables,
-    data.train,
     repr(teacher.network),
     str(config.taught_channels),
     *taps,
   )
   computed = cache.compute(
-    _mapped(answer, teacher.variables),
+    _within_memory(
+      _mapped(answer, teacher.variables), f"{name}: answers", config
+    ),
     data.train.image,
     cache_folder(workdir) / f"taught-{key[:12]}",
     batch_size=config.evaluation.batch_size,
@@ -950,8 +1051,16 @@ def score_arms(
   own: own_lib.Own,
   stop: stopping.Stop,
 ) -> None:
-  """Scores every arm on every test set, once; rows go to scores.csv."""
+  """Scores every arm on every test set, once; rows go to scores.csv.
+
+  The rows of the group that is being scored are noted, for the case that it is
+  stopped.
+
+  Raises:
+    StoppedError: if `stop` says so.
+  """
   path = workdir / "scores.csv"
+  asked = hosts.share_question(stop)
   expected = {test: arrays.ids for test, arrays in data.tests.items()}
 
   def look() -> tuple[list[Any], list[bool]]:
@@ -981,6 +1090,10 @@ def score_arms(
         )
       )
   predicts: dict[str, Callable[..., Any]] = {}
+  # Of as many images as there are, this takes a moment.
+  fingerprint = functools.cache(
+    lambda test: pipeline.fingerprint(data.tests[test])
+  )
   for arm, seed, finished in entries:
     for test, arrays in data.tests.items():
       if (arm, seed, test) in done:
@@ -994,15 +1107,16 @@ def score_arms(
         if is_teacher
         else config.evaluation.averaging
       )
-      scored = evaluate.score(
+      scored = _score_group(
+        (arm, seed, test),
+        network,
         predicts[repr(network.network)],
-        step_lib.replicate(network.variables),
         arrays,
+        workdir,
         batch_size=config.evaluation.batch_size,
         averaging=averaging,
-        keep=functools.partial(
-          _save_prediction, workdir, arm, seed, test, stop
-        ),
+        fingerprint=fingerprint,
+        stop=asked,
       )
       if hosts.is_first():
         scores_lib.append(
@@ -1012,10 +1126,75 @@ def score_arms(
           ],
           expected,
         )
+        (workdir / _NOTED).unlink()
       _LOG.info(
         "scores: %s seed %d on %s: Dice %.4f",
         arm, seed, test, np.mean([row["dice"] for row in scored]),
       )  # fmt: skip
+
+
+def _score_group(
+  group: scores_lib.Group,
+  teacher: Teacher,
+  predict: Callable[..., Any],
+  arrays: pipeline.Arrays,
+  workdir: pathlib.Path,
+  *,
+  batch_size: int,
+  averaging: str,
+  fingerprint: Callable[[str], str],
+  stop: stopping.Stop,
+) -> list[evaluate.Row]:
+  """Scores one network on one test set, from where it was stopped.
+
+  Raises:
+    StoppedError: if `stop` says so.
+  """
+  arm, seed, test = group
+  noted = workdir / _NOTED
+
+  def look() -> list[list[evaluate.Row]]:
+    how = (arm, str(seed), test, averaging, str(batch_size))
+    key = _key(fingerprint(test), teacher.variables, *how)
+    return _read_noted(noted, key)
+
+  def note(rows: Sequence[evaluate.Row]) -> None:
+    if hosts.is_first():
+      checkpoint.append_json_line(noted, rows)
+    stopping.check(stop, f"{arm} seed {seed} was scored on {test}")
+
+  before = hosts.on_first(look)
+  if before:
+    _LOG.info(
+      "scores: %s seed %d on %s goes on from image %d of %d",
+      arm, seed, test, sum(map(len, before)), len(arrays),
+    )  # fmt: skip
+  what = f"scores: {arm} seed {seed} on {test} in batches of {batch_size}"
+  with memory.enough(what, stage.LOWER_EVALUATION):
+    return evaluate.score(
+      predict,
+      step_lib.replicate(teacher.variables),
+      arrays,
+      batch_size=batch_size,
+      averaging=averaging,
+      keep=functools.partial(_save_prediction, workdir, arm, seed, test),
+      before=before,
+      note=note,
+    )
+
+
+def _read_noted(path: pathlib.Path, key: str) -> list[list[evaluate.Row]]:
+  """Returns the batches that were noted under this key; begins with none."""
+  if path.exists():
+    with contextlib.suppress(ValueError):
+      # A line that was cut off is none.
+      lines = path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
+      head, *batches = [json.loads(line) for line in lines]
+      if head == {"key": key}:
+        return batches
+    path.unlink()
+  checkpoint.append_json_line(path, {"key": key})
+  return []
 
 
 def _student(
@@ -1053,9 +1232,20 @@ def write_report(
   meta = _describe_protocol(config, workdir, data, plans, own)
   checkpoint.write_json(workdir / "report.json", meta)
   picture = _draw_overlays(workdir, data, rows)
-  picture.save(workdir / "overlays.png")
+  with disk.whole(workdir / "overlays.png") as file:
+    picture.save(file, "PNG")
   for name, text in tables.make_tables(rows, meta).items():
-    (workdir / name).write_text(text, "utf-8", "backslashreplace", "\n")
+    disk.write_text(workdir / name, text)
+  with disk.whole(workdir / _REPORTED) as file:
+    file.write(_name_sources(workdir))
+
+
+def _name_sources(workdir: pathlib.Path) -> bytes:
+  """Names the content of what a report is made from."""
+  digest = hashlib.sha256()
+  for name in ("config.json", "scores.csv"):
+    digest.update(hashlib.sha256((workdir / name).read_bytes()).digest())
+  return digest.hexdigest().encode() + b"\n"
 
 
 def _describe_protocol(
@@ -1239,11 +1429,11 @@ def _save_prediction(
   arm: str,
   seed: int,
   test: str,
-  stop: stopping.Stop,
   identity: str,
   mask: np.ndarray,
 ) -> None:
-  stopping.check(stop, f"{arm} seed {seed} was scored on {test}")
   path = _prediction_path(workdir, arm, seed, test, identity)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  Image.fromarray(mask).save(path)
+  with disk.writing(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+  with disk.whole(path) as file:
+    Image.fromarray(mask).save(file, "PNG")

@@ -12,6 +12,7 @@ from ml_collections import config_flags
 
 from kdseg import checkpoint
 from kdseg import choices
+from kdseg import disk
 from kdseg import experiment
 from kdseg import hosts
 from kdseg import memory
@@ -52,8 +53,10 @@ _EXPECTED = (
   archives.DataError,
   checkpoint.CheckpointError,
   choices.UnknownNameError,
+  disk.WriteError,
   experiment.ConfigError,
   hosts.HostError,
+  memory.OutOfMemoryError,
   train.DivergedError,
   workdir_lib.WorkdirError,
   ImportError,
@@ -97,8 +100,9 @@ def main(argv: Sequence[str]) -> None:
 
 def _show_progress() -> None:
   """Sends the package's log to the terminal, one line an event."""
-  # tfds tells of every option that is not its default.
-  absl_logging.set_verbosity(absl_logging.ERROR)
+  # tfds tells of every option that is not its default, and orbax of every
+  # frame of an error which it raises too.
+  absl_logging.set_verbosity(absl_logging.FATAL)
   handler = logging.StreamHandler()
   handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
   log = logging.getLogger("kdseg")

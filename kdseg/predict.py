@@ -14,6 +14,7 @@ import argparse
 from collections.abc import Iterator
 from collections.abc import Sequence
 import csv
+import io
 import os
 import pathlib
 import sys
@@ -22,6 +23,7 @@ import time
 import numpy as np
 from PIL import Image
 
+from kdseg import disk
 from kdseg.data import archives
 from kdseg.deploy import models
 from kdseg.deploy import pictures
@@ -89,31 +91,37 @@ def predict(
     paths: of images.
     out: folder for masks and overlays.
     threshold: lesion where the probability is above.
+
+  Raises:
+    WriteError: if the disk is full or may not be written to.
   """
-  for folder in ("masks", "overlays"):
-    (out / folder).mkdir(parents=True, exist_ok=True)
+  with disk.writing(out):
+    for folder in ("masks", "overlays"):
+      (out / folder).mkdir(parents=True, exist_ok=True)
   for path, name in zip(paths, name_outputs(paths)):
     row: dict[str, object] = dict.fromkeys(COLUMNS, "")
     row["file"] = str(path)
-    for folder in ("masks", "overlays"):
-      # One of an earlier run must not pass for this one's.
-      (out / folder / name).unlink(missing_ok=True)
     try:
       image = pictures.read(path)
     except archives.DataError as error:
+      for folder in ("masks", "overlays"):
+        # One of an earlier run must not pass for this one's.
+        (out / folder / name).unlink(missing_ok=True)
       yield row | {"error": str(error)}
       continue
     began = time.perf_counter()
     probability = model.predict(image)
     milliseconds = 1e3 * (time.perf_counter() - began)
     mask = probability > threshold
-    Image.fromarray(mask).save(out / "masks" / name)
+    with disk.whole(out / "masks" / name) as file:
+      Image.fromarray(mask).save(file, "PNG")
     picture = overlays.outline(
       image,
       [(mask, overlays.PREDICTION_COLOUR, 2.2, 1.0)],
       min(_OVERLAY_SIDE, max(image.shape[:2])),
     )
-    picture.save(out / "overlays" / name)
+    with disk.whole(out / "overlays" / name) as file:
+      picture.save(file, "PNG")
     yield row | {
       "mask": name,
       "width": image.shape[1],
@@ -154,20 +162,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
   paths = pictures.find(options.images)
   failed = 0
   try:
-    out.mkdir(parents=True, exist_ok=True)
-    with open(
-      out / "predictions.csv",
-      "w",
-      newline="",
-      encoding="utf-8",
-      # File names need not be text.
-      errors="backslashreplace",
-    ) as file:
+    with disk.writing(out):
+      out.mkdir(parents=True, exist_ok=True)
+    with (
+      disk.whole(out / "predictions.csv") as raw,
+      io.TextIOWrapper(
+        raw,
+        newline="",
+        encoding="utf-8",
+        # File names need not be text.
+        errors="backslashreplace",
+      ) as file,
+    ):
       writer = csv.DictWriter(file, COLUMNS)
       writer.writeheader()
       for row in predict(model, paths, out, threshold=threshold):
         writer.writerow({k: scores.safe_cell(str(v)) for k, v in row.items()})
-        file.flush()
         if row["error"]:
           failed += 1
           print(archives.shown(f"kdseg: {row['error']}"), file=sys.stderr)
@@ -178,6 +188,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
               f"image, confidence {row['confidence']}"
             )
           )
+  except disk.WriteError as error:
+    print(f"kdseg: {error}", file=sys.stderr)
+    return 2
   except OSError as error:
     print(f"kdseg: {out} cannot be written: {error}", file=sys.stderr)
     return 2

@@ -15,9 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdseg import checkpoint
+from kdseg import disk
 from kdseg import evaluate
 from kdseg import feed
 from kdseg import hosts
+from kdseg import memory
 from kdseg import networks
 from kdseg import objective
 from kdseg import optimizer
@@ -30,6 +32,11 @@ from kdseg.data import pipeline
 from kdseg.networks import distiller as distiller_lib
 
 _LOG = logging.getLogger("kdseg")
+
+# What to do if a network's answers do not fit into memory.
+LOWER_EVALUATION = (
+  "Free some, or lower evaluation.batch_size, then the same command continues"
+)
 
 Tree = Any
 Computed = Mapping[str, Mapping[str, np.ndarray]]
@@ -190,24 +197,29 @@ def train_together(
       predicts[network] = make_predict(contender.network)
 
   def validate(name: str, variables: Tree) -> float:
-    return evaluate.mean_dice(
-      predicts[repr(contenders[name].network)],
-      variables,
-      validation,
-      batch_size=setting.evaluation_batch_size,
-      encoded=validation_encoded,
-    )
+    with memory.enough(
+      f"{stage}: validation in batches of {setting.evaluation_batch_size}",
+      LOWER_EVALUATION,
+    ):
+      return evaluate.mean_dice(
+        predicts[repr(contenders[name].network)],
+        variables,
+        validation,
+        batch_size=setting.evaluation_batch_size,
+        encoded=validation_encoded,
+      )
 
   def save_bad_batch(name: str, step: int, made_of: Mapping[str, Any]) -> None:
     if not hosts.is_first():
       return
     path = folder / f"non_finite-{name}-step{step}.npz"
-    np.savez_compressed(
-      path,
-      image=made_of["image"],
-      mask=made_of["mask"],
-      ids=np.array(made_of["ids"]),
-    )
+    with disk.whole(path) as file:
+      np.savez_compressed(
+        file,
+        image=made_of["image"],
+        mask=made_of["mask"],
+        ids=np.array(made_of["ids"]),
+      )
     _LOG.warning("%s: the batch is saved in %s", stage, path)
 
   with contextlib.ExitStack() as stack:
@@ -566,7 +578,8 @@ def _write_result(contender: Contender, arm: train.Arm, steps: int) -> None:
     "diverged": arm.diverged,
   }
   if not arm.best:
-    contender.destination.mkdir(parents=True, exist_ok=True)
+    with disk.writing(contender.destination):
+      contender.destination.mkdir(parents=True, exist_ok=True)
     checkpoint.write_json(contender.destination / "failed.json", about)
     return
   checkpoint.save_variables(

@@ -17,6 +17,7 @@ import jax
 import ml_collections
 
 from kdseg import checkpoint
+from kdseg import disk
 
 PACKAGES = (
   "kdseg",
@@ -31,6 +32,9 @@ PACKAGES = (
   "tensorflow-datasets",
 )
 
+# What a key has for a value that one of two configs does not have.
+ABSENT = object()
+
 
 class WorkdirError(RuntimeError):
   """A workdir that is in use, or belongs to another config."""
@@ -42,8 +46,11 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
 
   Raises:
     WorkdirError: if another process holds it.
+    WriteError: if the workdir may not be written to.
   """
-  with open(workdir / ".lock", "a", encoding="utf-8") as file:
+  with contextlib.ExitStack() as stack:
+    with disk.writing(workdir):
+      file = stack.enter_context(open(workdir / ".lock", "a", encoding="utf-8"))
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -59,8 +66,9 @@ def adopt_config(
 ) -> None:
   """Writes config.json, or checks that the one there is of the same run.
 
-  Arms and methods may be added to a run, arms taken away, and the primary
-  family of comparisons changed; nothing else may change.
+  Arms and methods may be added to a run, arms taken away, the primary family of
+  comparisons changed, and the size of the evaluation's batches, which memory
+  decides; nothing else may change.
 
   Raises:
     WorkdirError: that names the first key which differs.
@@ -68,30 +76,78 @@ def adopt_config(
   path = workdir / "config.json"
   new = json.loads(config.to_json_best_effort())
   if path.exists():
-    old = json.loads(path.read_text(encoding="utf-8"))
+    try:
+      old = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+      raise WorkdirError(
+        f"{path} is damaged ({error}); put a copy in its place, or choose "
+        "another --workdir"
+      ) from error
     for key, before, now in differences(old, new):
       top, *inner = key.split(".")
       whole_method = top == "methods" and len(inner) == 1
-      if top in ("arms", "primary") or (whole_method and None in (before, now)):
+      came_or_went = before is ABSENT or now is ABSENT
+      if top in ("arms", "primary") or (whole_method and came_or_went):
         continue
-      raise WorkdirError(
-        f"{workdir} holds a run of another config: {key} was {before!r} and "
-        f"is {now!r} now; choose another --workdir, or the old value"
-      )
+      if key == "evaluation.batch_size" and not came_or_went:
+        continue
+      raise WorkdirError(_other_config(workdir, key, before, now))
     if old == new:
       return
   checkpoint.write_json(path, new)
 
 
+def _other_config(
+  workdir: pathlib.Path, key: str, before: Any, now: Any
+) -> str:
+  """Returns what to say of a workdir whose config has another `key`."""
+  made_by = _made_by(workdir)
+  here = _name_version(version(), commit())
+  if before is ABSENT:
+    what, way_out = f"{key} was not there and is {now!r} now", "leave it out"
+  elif now is ABSENT:
+    what, way_out = f"{key} was {before!r} and is not there now", "put it back"
+  else:
+    what, way_out = f"{key} was {before!r} and is {now!r} now", "the old value"
+  whose = "holds a run of another config"
+  if made_by and made_by != here:
+    whose += f", made by {made_by}, and this is {here}"
+    if before is ABSENT or now is ABSENT:
+      # The other version had no such key, and this one cannot do without.
+      way_out = "go on with that version"
+  return f"{workdir} {whose}: {what}; choose another --workdir, or {way_out}"
+
+
+def _made_by(workdir: pathlib.Path) -> str:
+  """Names the version that worked last in a workdir; "" if nothing tells."""
+  try:
+    found = json.loads((workdir / "environment.json").read_text("utf-8"))
+    return _name_version(found["versions"]["kdseg"], found.get("commit", ""))
+  except (OSError, ValueError, LookupError, TypeError):
+    return ""
+
+
+def _name_version(number: str, commit_: str) -> str:
+  return f"kdseg {number} (commit {commit_})" if commit_ else f"kdseg {number}"
+
+
+def version() -> str:
+  """Returns the version of the package; "unknown" if it is not installed."""
+  try:
+    return metadata.version("kdseg")
+  except metadata.PackageNotFoundError:
+    return "unknown"
+
+
 def differences(
   old: Any, new: Any, prefix: str = ""
 ) -> list[tuple[str, Any, Any]]:
-  """Returns (key, old, new) wherever two nested dicts differ."""
+  """Returns (key, old, new), `ABSENT` included, where nested dicts differ."""
   if isinstance(old, dict) and isinstance(new, dict):
     found = []
     for key in sorted(old.keys() | new.keys()):
       inner = f"{prefix}.{key}" if prefix else key
-      found += differences(old.get(key), new.get(key), inner)
+      found += differences(old.get(key, ABSENT), new.get(key, ABSENT), inner)
     return found
   return [] if old == new else [(prefix, old, new)]
 

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 
@@ -31,9 +33,11 @@ class Counting:
     return self.function(*arguments)
 
 
-def compute(function, directory, *, images=IMAGES, key="k", **options):
+def compute(
+  function, directory, *, images=IMAGES, key="k", batch_size=2, **options
+):
   return cache.compute(
-    function, images, directory, batch_size=2, key=key, **options
+    function, images, directory, batch_size=batch_size, key=key, **options
   )
 
 
@@ -127,6 +131,32 @@ def test_goes_on_where_it_was_interrupted(tmp_path):
   np.testing.assert_array_equal(
     found["grid"], compute(describe, tmp_path / "whole")["grid"]
   )
+
+
+def test_goes_on_in_batches_of_another_size(tmp_path):
+  with pytest.raises(InterruptionError):
+    compute(Counting(limit=20), tmp_path)
+  rest = Counting()
+  # 16 batches, three for the five images of an orientation, are 27 images.
+  found = compute(rest, tmp_path, batch_size=1)
+  assert rest.calls == 40 - 27
+  np.testing.assert_array_equal(
+    found["grid"], compute(describe, tmp_path / "whole")["grid"]
+  )
+
+
+@pytest.mark.parametrize(("done", "calls"), [(24, 0), (23, 24)])
+def test_of_a_record_that_counts_batches_only_a_finished_one_is_taken(
+  tmp_path, done, calls
+):
+  compute(describe, tmp_path)
+  path = tmp_path / "record.json"
+  record = json.loads(path.read_text())
+  del record["images"]
+  path.write_text(json.dumps(record | {"done": done}))
+  again = Counting()
+  compute(again, tmp_path)
+  assert again.calls == calls
 
 
 def test_another_key_computes_again_and_leaves_nothing_of_the_old(tmp_path):

@@ -1,6 +1,7 @@
 import json
 import logging
-import pathlib
+import os
+import time
 
 from flax import linen as nn
 import jax
@@ -75,6 +76,22 @@ def test_the_latest_two_are_kept(tmp_path):
   step, tree, _ = restore(tmp_path)
   assert step == 3
   np.testing.assert_array_equal(tree["w"], [3, 3])
+
+
+def test_the_latest_is_that_of_most_steps_whatever_the_clock_says(
+  tmp_path, monkeypatch
+):
+  for step in (1, 2):
+    save(tmp_path, step, {"w": np.full(2, step)})
+  now = time.time()
+  os.utime(tmp_path / "1", (now + 1e9, now + 1e9))
+  os.utime(tmp_path / "2", (0, 0))
+  monkeypatch.setattr(time, "time", lambda: 1.0)
+  assert restore(tmp_path)[0] == 2
+  save(tmp_path, 3, {"w": np.full(2, 3)})
+  os.utime(tmp_path / "3", (0, 0))
+  assert restore(tmp_path)[0] == 3
+  assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {"2", "3"}
 
 
 def _overwrite(folder):
@@ -171,39 +188,6 @@ def test_damaged_variables_are_refused_by_their_folder(tmp_path):
   _overwrite(tmp_path / "variables")
   with pytest.raises(checkpoint.CheckpointError, match="cannot be read"):
     checkpoint.load_variables(tmp_path)
-
-
-def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-  path = tmp_path / "about.json"
-  checkpoint.write_json(path, {"old": 1})
-
-  written = []
-
-  def write_half(self, text, *arguments, **options):
-    written.append(self)
-    with open(self, "w", encoding="utf-8") as file:
-      file.write(text[: len(text) // 2])
-    raise OSError("no space left")
-
-  with monkeypatch.context() as patch:
-    patch.setattr(pathlib.Path, "write_text", write_half)
-    with pytest.raises(OSError, match="no space"):
-      checkpoint.write_json(path, {"new": list(range(100))})
-  assert json.loads(path.read_text()) == {"old": 1}
-
-  # Another try is not in its own way, and never touches the file itself.
-  write = pathlib.Path.write_text
-
-  def write_whole(self, *arguments, **options):
-    written.append(self)
-    return write(self, *arguments, **options)
-
-  with monkeypatch.context() as patch:
-    patch.setattr(pathlib.Path, "write_text", write_whole)
-    checkpoint.write_json(path, {"new": 2})
-  assert json.loads(path.read_text()) == {"new": 2}
-  assert path not in written
-  assert len(written) == 2
 
 
 def test_json_lines_are_appended(tmp_path):

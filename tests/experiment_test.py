@@ -5,12 +5,16 @@ Runs are shared: each one compiles several programs, which is what costs.
 
 import csv
 import json
+import os
+import pathlib
 import shutil
 import subprocess
 import sys
+import time
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 import pytest
@@ -20,8 +24,11 @@ from tiny_run import TEACHER
 from tiny_run import make_config
 
 from kdseg import checkpoint
+from kdseg import disk
 from kdseg import experiment
+from kdseg import memory
 from kdseg import own as own_lib
+from kdseg import stopping
 from kdseg import workdir as workdir_lib
 from kdseg.report import scores as scores_lib
 
@@ -386,6 +393,228 @@ def test_stopped_twice_and_gone_on_is_as_never_stopped(
   assert experiment.run(finished.config, workdir) is False
 
 
+def test_scoring_that_is_stopped_after_every_batch_is_as_never_stopped(
+  finished, folder
+):
+  config = finished.config.copy_and_resolve_references()
+  config.evaluation.batch_size = 4
+  config.evaluation.teacher_averaging = "dihedral"
+  whole, torn = (
+    copy(finished, folder / name, "teachers", "arms")
+    for name in ("whole", "torn_scores")
+  )
+  experiment.run(config, whole)
+  said = []
+  while True:
+    try:
+      experiment.run(config, torn, stop=lambda: True)
+      break
+    except stopping.StoppedError as error:
+      said.append(str(error))
+    # And killed as the next was noted.
+    with open(torn / "scoring.jsonl", "ab") as file:
+      file.write(b'[{"boundary_f1": 0.')
+  # Two batches of three networks, none of them twice.
+  assert len(said) == 6
+  assert said[0] == (
+    "stopped while teacher_unet seed 0 was scored on synthetic_test; the same "
+    "command continues from there"
+  )
+  for part in ("scores.csv", "table.md"):
+    assert (torn / part).read_bytes() == (whole / part).read_bytes()
+  masks = [
+    {
+      name: content
+      for name, (_, content) in snapshot(w / "predictions").items()
+    }
+    for w in (torn, whole)
+  ]
+  assert masks[0] == masks[1]
+  assert len(masks[0]) == 18
+  assert not (torn / "scoring.jsonl").exists()
+
+
+def test_what_was_noted_of_other_weights_is_not_gone_on_from(tmp_path):
+  path = tmp_path / "scoring.jsonl"
+  assert experiment._read_noted(path, "old") == []
+  checkpoint.append_json_line(path, [{"id": "a"}])
+  assert experiment._read_noted(path, "old") == [[{"id": "a"}]]
+  assert experiment._read_noted(path, "new") == []
+  assert experiment._read_noted(path, "old") == []
+
+
+def test_a_clock_that_goes_backwards_changes_nothing(
+  finished, folder, monkeypatch, caplog
+):
+  workdir = copy(
+    finished, folder / "clock", "config.json", "teachers", "checkpoints"
+  )
+  steps = workdir / "checkpoints" / "arms" / "000" / "steps"
+  shutil.rmtree(steps / "6")
+  with pytest.raises(stopping.StoppedError, match="after step 4 of 6"):
+    experiment.run(finished.config, workdir, stop=lambda: True)
+  now = time.time()
+  os.utime(steps / "3", (now + 1e9, now + 1e9))
+  os.utime(steps / "4", (0, 0))
+  monkeypatch.setattr(time, "time", lambda: 1.0)
+  with caplog.at_level("INFO", logger="kdseg"):
+    assert experiment.run(finished.config, workdir) is True
+  assert "students: goes on from step 4 of 6" in caplog.text
+  assert {path.name for path in steps.iterdir() if path.is_dir()} == {"4", "6"}
+  for name in ("scores.csv", "table.md"):
+    assert (workdir / name).read_bytes() == (
+      finished.workdir / name
+    ).read_bytes()
+
+
+def test_a_report_is_known_by_what_it_was_made_of_not_by_its_time(
+  finished, folder
+):
+  workdir = folder / "times"
+  shutil.copytree(finished.workdir, workdir)
+  plans, _ = experiment.check(finished.config, own_lib.Own())
+  os.utime(workdir / "table.md", (0, 0))
+  assert experiment.is_finished(finished.config, workdir, plans)
+  # Scores that were changed since, by a clock that went backwards.
+  with open(workdir / "scores.csv", "ab") as file:
+    file.write(b"x")
+  os.utime(workdir / "scores.csv", (0, 0))
+  os.utime(workdir / "table.md")
+  assert not experiment.is_finished(finished.config, workdir, plans)
+
+
+# ------------------------------------------------------------ too little memory
+
+
+def allocate_too_much(*arguments, **options):
+  jnp.zeros(2**45, jnp.uint8).block_until_ready()
+
+
+SAID = r"not enough memory \(RESOURCE_EXHAUSTED: Out of memory .*\d bytes\)"
+
+
+def test_scores_that_take_too_much_memory_go_on_in_smaller_batches(
+  finished, folder, monkeypatch
+):
+  workdir = copy(finished, folder / "large", "config.json", "teachers", "arms")
+  config = finished.config.copy_and_resolve_references()
+  with monkeypatch.context() as patch:
+    patch.setattr(
+      experiment.stage, "make_predict", lambda network: allocate_too_much
+    )
+    with pytest.raises(
+      memory.OutOfMemoryError,
+      match=r"^scores: teacher_unet seed 0 on synthetic_test in batches of 8: "
+      rf"{SAID}\. Free some, or lower evaluation\.batch_size, then the same "
+      "command continues$",
+    ):
+      experiment.run(config, workdir)
+  config.evaluation.batch_size = 4
+  assert experiment.run(config, workdir) is True
+  assert len(read_rows(workdir)) == 3 * 6
+
+
+def test_a_training_that_takes_too_much_memory_says_what_to_lower(
+  finished, folder, monkeypatch
+):
+  workdir = copy(finished, folder / "wide", "config.json", "teachers")
+  monkeypatch.setattr(experiment.stage.train, "fit", allocate_too_much)
+  with pytest.raises(
+    memory.OutOfMemoryError,
+    match=rf"^students: training 3 networks on batches of 8: {SAID}\. Free "
+    r"some, then the same command continues; or lower data\.batch_size, "
+    r"data\.size or the number of arms, in another --workdir$",
+  ):
+    experiment.run(finished.config, workdir)
+
+
+def test_a_validation_that_takes_too_much_memory_says_what_to_lower(
+  finished, folder, monkeypatch
+):
+  workdir = copy(finished, folder / "validated", "config.json", "teachers")
+  monkeypatch.setattr(
+    experiment.stage, "make_predict", lambda network: allocate_too_much
+  )
+  with pytest.raises(
+    memory.OutOfMemoryError,
+    match=rf"^students: validation in batches of 8: {SAID}\. Free some, or "
+    r"lower evaluation\.batch_size",
+  ):
+    experiment.run(finished.config, workdir)
+
+
+def test_a_teachers_pass_that_takes_too_much_memory_says_what_to_lower(
+  finished,
+):
+  function = experiment._within_memory(
+    allocate_too_much, "teacher_unet: answers", finished.config
+  )
+  with pytest.raises(
+    memory.OutOfMemoryError,
+    match=rf"^teacher_unet: answers in batches of 8: {SAID}",
+  ):
+    function()
+
+
+# ------------------------------------------------------------------ a full disk
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+  """A disk of 2 MiB."""
+  place = tmp_path / "disk"
+  place.mkdir()
+  mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", place]
+  if not shutil.which("mount") or subprocess.run(mount, check=False).returncode:
+    pytest.skip("mounting a disk takes rights that this process lacks")
+  yield place
+  subprocess.run(["umount", place], check=True)
+
+
+def test_a_disk_that_may_not_be_written_to_is_named(finished, small_disk):
+  subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+  with pytest.raises(disk.WriteError) as error:
+    experiment.run(finished.config, small_disk / "run")
+  assert str(error.value) == (
+    f"{small_disk}/run cannot be written: Read-only file system. Allow it, "
+    "then the same command continues, or choose another folder"
+  )
+
+
+def test_on_a_disk_that_is_full_again_and_again_it_ends_as_never_stopped(
+  finished, small_disk
+):
+  config = finished.config.copy_and_resolve_references()
+  workdir = copy(finished, small_disk / "run", "config.json", "teachers")
+  filler = small_disk / "filler"
+  free = shutil.disk_usage(small_disk).free
+  filler.write_bytes(bytes(free))
+  named = set()
+  while True:
+    try:
+      assert experiment.run(config, workdir) is True
+      break
+    except disk.WriteError as error:
+      path, _, why = str(error).partition(" cannot be written: ")
+      assert why.startswith("the disk is full. Free some space, then the same")
+      named.add(str(pathlib.Path(path).relative_to(workdir)))
+    assert not list(workdir.rglob("*.part"))
+    free -= 400 << 10
+    assert free > 0
+    os.truncate(filler, free)
+  # One thing after the other found no room.
+  assert len(named) > 1, named
+  for name in ("scores.csv", "table.md", "report.json", "overlays.png"):
+    assert (workdir / name).read_bytes() == (
+      finished.workdir / name
+    ).read_bytes()
+  for line in (workdir / "log.jsonl").read_text().splitlines():
+    json.loads(line)
+
+
+# ------------------------------------------------------------------- other arms
+
+
 def test_arms_that_are_added_are_trained_alone(finished, folder, data_dir):
   workdir = folder / "more"
   shutil.copytree(finished.workdir, workdir)
@@ -689,6 +918,29 @@ def test_a_name_that_does_not_exist_stops_before_anything_is_made(
   with pytest.raises(ValueError, match=message):
     experiment.run(config, tmp_path / "new")
   assert not (tmp_path / "new").exists()
+
+
+def test_a_config_of_another_version_is_refused_by_its_key(data_dir, tmp_path):
+  here = f"kdseg {workdir_lib.version()}"
+  for key in ("taught_averaging", "evaluation.teacher_averaging"):
+    config = make_config(data_dir)
+    outer, _, inner = key.rpartition(".")
+    del (config[outer] if outer else config)[inner]
+    with pytest.raises(experiment.ConfigError) as error:
+      experiment.run(config, tmp_path / "run")
+    assert str(error.value) == (
+      f"the config has no {key}, which {here} reads: it may be for another "
+      "version; compare it with those in configs/"
+    )
+  config = make_config(data_dir, distill_from=())
+  with pytest.raises(
+    ValueError, match=f'key of a config in {here} "distill_from"; did you mean'
+  ):
+    experiment.run(config, tmp_path / "run")
+  config = make_config(data_dir, training={"epochs": 1.0})
+  with pytest.raises(ValueError, match="a training needs learning_rate"):
+    experiment.run(config, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

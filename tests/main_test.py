@@ -9,8 +9,10 @@ import pytest
 
 from kdseg import checkpoint
 from kdseg import choices
+from kdseg import disk
 from kdseg import experiment
 from kdseg import main
+from kdseg import memory
 from kdseg import plan
 from kdseg import stopping
 from kdseg import train
@@ -94,7 +96,9 @@ def test_a_run_says_nothing_of_the_kind(started, capsys):
     archives.DataError("no such folder"),
     checkpoint.CheckpointError("another network"),
     choices.UnknownNameError("did you mean"),
+    disk.WriteError("x cannot be written: the disk is full"),
     experiment.ConfigError("no such method"),
+    memory.OutOfMemoryError("students: not enough memory"),
     train.DivergedError("no arm is left"),
     workdir_lib.WorkdirError("in use"),
     ImportError("pip install it"),

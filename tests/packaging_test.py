@@ -29,7 +29,7 @@ LAYERS = (
   ("losses",),
   ("networks",),
   ("data",),
-  ("keys", "choices", "own", "stopping", "hosts", "memory"),
+  ("keys", "choices", "own", "stopping", "hosts", "disk", "memory"),
 )
 # What may come at the core: neither flax, nor configs, nor files.
 PURE = {

@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import subprocess
 import sys
 
@@ -6,6 +8,7 @@ import jax
 import ml_collections
 import pytest
 
+from kdseg import disk
 from kdseg import workdir as workdir_lib
 
 HOLD = """
@@ -100,13 +103,96 @@ def test_arms_and_methods_may_be_added(tmp_path):
   assert written["arms"]["patch_unet"]["seeds"] == [0, 1, 2]
 
 
+def made_by(tmp_path, number, commit=""):
+  about = {"versions": {"kdseg": number}, "commit": commit}
+  (tmp_path / "environment.json").write_text(json.dumps(about))
+
+
+def refusal(config, tmp_path):
+  with pytest.raises(workdir_lib.WorkdirError) as error:
+    workdir_lib.adopt_config(config, tmp_path)
+  return str(error.value)
+
+
+def test_a_key_that_another_version_did_not_know_is_said_to_be_such(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setattr(workdir_lib, "commit", lambda: "0123456789ab")
+  here = f"kdseg {workdir_lib.version()} (commit 0123456789ab)"
+  workdir_lib.adopt_config(make_config(), tmp_path)
+  made_by(tmp_path, "0.0.7", "ba9876543210")
+  newer = make_config()
+  newer.taught_averaging = "none"
+  assert refusal(newer, tmp_path) == (
+    f"{tmp_path} holds a run of another config, made by kdseg 0.0.7 (commit "
+    f"ba9876543210), and this is {here}: taught_averaging was not there and is "
+    "'none' now; choose another --workdir, or go on with that version"
+  )
+  older = make_config()
+  del older.seed
+  assert "seed was 0 and is not there now" in refusal(older, tmp_path)
+  # A value is the user's, whatever the version.
+  other = make_config(**{"training.epochs": 3.0})
+  text = refusal(other, tmp_path)
+  assert "made by kdseg 0.0.7" in text
+  assert text.endswith(
+    ": training.epochs was 2.0 and is 3.0 now; choose another --workdir, or "
+    "the old value"
+  )
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_key_that_came_with_no_other_version_can_be_left_out(tmp_path, known):
+  workdir_lib.adopt_config(make_config(), tmp_path)
+  if known:
+    workdir_lib.write_environment(tmp_path, {})
+  more = make_config()
+  more.extra = 1
+  assert refusal(more, tmp_path) == (
+    f"{tmp_path} holds a run of another config: extra was not there and is 1 "
+    "now; choose another --workdir, or leave it out"
+  )
+
+
+def test_a_damaged_config_is_named(tmp_path):
+  (tmp_path / "config.json").write_text('{"seed": ')
+  text = refusal(make_config(), tmp_path)
+  assert text.startswith(f"{tmp_path}/config.json is damaged (")
+
+
+def test_a_workdir_that_may_not_be_written_to_is_named(tmp_path, monkeypatch):
+  def refuse(path, *arguments, **options):
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+  monkeypatch.setattr(workdir_lib, "open", refuse, raising=False)
+  with pytest.raises(disk.WriteError) as error, workdir_lib.locked(tmp_path):
+    pass
+  assert str(error.value) == (
+    f"{tmp_path} cannot be written: Permission denied. Allow it, then the same "
+    "command continues, or choose another folder"
+  )
+
+
+def test_the_batches_of_the_evaluation_may_change_size(tmp_path):
+  config = make_config()
+  config.evaluation = {"batch_size": 8, "averaging": "none"}
+  workdir_lib.adopt_config(config, tmp_path)
+  config.evaluation.batch_size = 4
+  workdir_lib.adopt_config(config, tmp_path)
+  written = json.loads((tmp_path / "config.json").read_text())
+  assert written["evaluation"]["batch_size"] == 4
+  config.evaluation.averaging = "dihedral"
+  with pytest.raises(workdir_lib.WorkdirError, match=r"evaluation\.averaging"):
+    workdir_lib.adopt_config(config, tmp_path)
+
+
 def test_differences_name_nested_keys():
   old = {"a": {"b": 1, "c": 2}, "d": [1]}
   new = {"a": {"b": 1, "c": 3}, "d": [1, 2], "e": 0}
   assert workdir_lib.differences(old, new) == [
     ("a.c", 2, 3),
     ("d", [1], [1, 2]),
-    ("e", None, 0),
+    ("e", workdir_lib.ABSENT, 0),
   ]
   assert workdir_lib.differences(old, old) == []
 

@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Sequence
 import sys
 
+from kdseg import disk
 from kdseg.data import isic2016
 from kdseg.data import pairs
 from kdseg.data import pipeline
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       **options,
     )
     metadata = pipeline.read_metadata(builder)
-  except DataError as error:
+  except (DataError, disk.WriteError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
   print(f"{arguments.name} is prepared in {builder.data_dir}")

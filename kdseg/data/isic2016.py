@@ -15,6 +15,7 @@ import pathlib
 import re
 from typing import Any
 
+from kdseg import disk
 from kdseg.data import archives
 from kdseg.data import builder
 from kdseg.data import pairs
@@ -390,6 +391,6 @@ def _record_checksums(paths: Mapping[str, pathlib.Path]) -> None:
         f" {known[stem]} when it was first downloaded ({record}). If the"
         " official archive was replaced, delete that record."
       )
-  partial = record.with_suffix(".tmp")
-  partial.write_text(json.dumps({**known, **found}, indent=2, sort_keys=True))
-  partial.replace(record)
+  disk.write_text(
+    record, json.dumps({**known, **found}, indent=2, sort_keys=True)
+  )

@@ -27,6 +27,7 @@ import numpy as np
 from PIL import Image
 import tensorflow_datasets as tfds
 
+from kdseg import disk
 from kdseg.data import archives
 from kdseg.data import builder as builder_lib
 from kdseg.data import folder
@@ -199,6 +200,7 @@ def prepare(
   Raises:
     DataError: if the data are not as they should be, or were prepared from
       other files than those in `manual_dir`.
+    WriteError: if the disk is full or may not be written to.
   """
   if manual_dir is not None:
     manual_dir = pathlib.Path(manual_dir).expanduser()
@@ -218,10 +220,13 @@ def prepare(
     try_download_gcs=False,
   )
   try:
-    builder.download_and_prepare(download_config=config)
+    with disk.writing(_data_root(data_dir)):
+      builder.download_and_prepare(download_config=config)
   except DataError as error:
     # Without the thirty frames of tfds between the fault and its reader.
     raise DataError(str(error)) from None
+  except disk.WriteError:
+    raise
   except OSError:
     # Another process may have prepared the same data set first.
     if not is_prepared(builder):
@@ -306,10 +311,15 @@ def make_builder(
       raise
     # tfds reads the dataset_info.json of an earlier run, whatever became of it,
     # and raises ParseError or AssertionError.
-    root = data_dir or tfds.core.constants.DATA_DIR
     raise DataError(
-      _damaged(pathlib.Path(root) / name, archives.shown(error))
+      _damaged(_data_root(data_dir) / name, archives.shown(error))
     ) from None
+
+
+def _data_root(data_dir: str | os.PathLike[str] | None) -> pathlib.Path:
+  """Returns where prepared data sets lie."""
+  root = data_dir or tfds.core.constants.DATA_DIR
+  return pathlib.Path(root).expanduser()
 
 
 def _check_same_files(

@@ -38,6 +38,7 @@ import jax
 import numpy as np
 import tqdm
 
+from kdseg import disk
 from kdseg import networks
 from kdseg.deploy import artefacts
 from kdseg.deploy import export
@@ -323,15 +324,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
       f"{make_table(rows)}\n\nMedians of {options.turns} turns, batch 1; "
       f"{describe_machine()}.\n"
     )
-    options.out.mkdir(parents=True, exist_ok=True)
+    with disk.writing(options.out):
+      options.out.mkdir(parents=True, exist_ok=True)
     lines = io.StringIO()
     writer = csv.DictWriter(lines, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    (options.out / "benchmark.csv").write_text(
-      lines.getvalue(), encoding="utf-8"
-    )
-    (options.out / "BENCHMARK.md").write_text(table, encoding="utf-8")
+    disk.write_text(options.out / "benchmark.csv", lines.getvalue())
+    disk.write_text(options.out / "BENCHMARK.md", table)
   except (
     ImportError,
     OSError,

@@ -26,8 +26,10 @@ more; how far, and whether they are smaller and faster here, is said.
 
 import argparse
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
+import contextlib
 import json
 import pathlib
 import sys
@@ -41,6 +43,7 @@ import numpy as np
 
 from kdseg import checkpoint
 from kdseg import choices
+from kdseg import disk
 from kdseg import networks
 from kdseg import step as step_lib
 from kdseg.data import archives
@@ -130,6 +133,8 @@ def export(
     ParityError: if a form is further than 1e-4 from JAX, and so not written.
     UnsupportedError: if the network has an operation that a form lacks.
     ValueError: on an unknown form.
+    WriteError: if the disk is full or may not be written to; an earlier export
+      stays as it is.
   """
   out = pathlib.Path(out)
   choices.check_known("form", forms, FORMS)
@@ -156,11 +161,9 @@ def export(
     "calibration": "drawn lesions" if calibration is None else "given images",
     **parity,
   }
-  out.mkdir(parents=True, exist_ok=True)
   # All of it under other names first, and the proof last: nothing new may
   # stand beside something old.
-  with tempfile.TemporaryDirectory(dir=out) as scratch:
-    folder = pathlib.Path(scratch)
+  with disk.writing(out), _scratch_in(out) as folder:
     for name, content in contents.items():
       (folder / name).write_bytes(content)
     weights.save(folder / "weights.safetensors", model.variables, about)
@@ -180,6 +183,13 @@ def export(
     for path in sorted(folder.iterdir(), key=lambda p: p.name == "PARITY.json"):
       path.replace(out / path.name)
   return record
+
+
+@contextlib.contextmanager
+def _scratch_in(out: pathlib.Path) -> Iterator[pathlib.Path]:
+  out.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(dir=out) as scratch:
+    yield pathlib.Path(scratch)
 
 
 def make_forms(

@@ -37,6 +37,7 @@ import numpy as np
 from PIL import Image
 
 from kdseg import checkpoint
+from kdseg import disk
 from kdseg.data import synthetic
 from kdseg.deploy import export
 from kdseg.deploy import models
@@ -245,6 +246,8 @@ def build(
 
   Raises:
     PageError: if the export is not whole, or `out` holds something else.
+    WriteError: if the disk is full or may not be written to; an earlier page
+      stays as it is.
   """
   out, exported = pathlib.Path(out), pathlib.Path(exported)
   earlier = _check_place(out, force)
@@ -401,10 +404,12 @@ def _write(
   out: pathlib.Path, content: Mapping[str, bytes], earlier: Sequence[str]
 ) -> None:
   """Puts a page in place of an earlier one, or of nothing."""
-  out.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(
-    dir=out.parent, prefix=f".{out.name}-"
-  ) as scratch:
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(disk.writing(out))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = stack.enter_context(
+      tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-")
+    )
     # One level down: a temporary folder is for its owner's eyes, a page is not.
     new = pathlib.Path(scratch) / "page"
     for name, data in content.items():

@@ -15,6 +15,7 @@ import tempfile
 
 import numpy as np
 
+from kdseg import disk
 from kdseg.deploy import artefacts
 
 
@@ -31,6 +32,15 @@ def _quietly() -> Iterator[None]:
       yield
   finally:
     logging.disable(before)
+
+
+@contextlib.contextmanager
+def _scratch() -> Iterator[str]:
+  with (
+    disk.writing(tempfile.gettempdir()),
+    tempfile.TemporaryDirectory() as folder,
+  ):
+    yield folder
 
 
 def quantize_onnx(content: bytes, images: np.ndarray) -> bytes:
@@ -60,7 +70,7 @@ def quantize_onnx(content: bytes, images: np.ndarray) -> bytes:
       image = next(self.left, None)
       return None if image is None else {artefacts.INPUT: image[None]}
 
-  with tempfile.TemporaryDirectory() as folder, _quietly():
+  with _scratch() as folder, _quietly():
     before = pathlib.Path(folder, "model.onnx")
     after = pathlib.Path(folder, "model.int8.onnx")
     before.write_bytes(content)
@@ -90,7 +100,7 @@ def quantize_litert(content: bytes) -> bytes:
       "an int8 LiteRT file needs the package litert-quantizer: pip install "
       "'kdseg[litert]'"
     ) from error
-  with tempfile.TemporaryDirectory() as folder, _quietly():
+  with _scratch() as folder, _quietly():
     path = pathlib.Path(folder, "model.tflite")
     path.write_bytes(content)
     tool = quantizer.Quantizer(str(path), recipe.dynamic_wi8_afp32())

@@ -19,6 +19,7 @@ import numpy as np
 import tqdm
 
 from kdseg import checkpoint
+from kdseg import disk
 from kdseg import experiment
 from kdseg import metrics
 from kdseg.data import archives
@@ -157,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     summary = summarise(rows)
     scores.write(folder / "scores.csv", rows)
     table = make_table(summary, coverage)
-    (folder / "SCORES.md").write_text(table, encoding="utf-8")
+    disk.write_text(folder / "SCORES.md", table)
     checkpoint.write_json(
       folder / "SCORES.json", {"coverage": coverage, **summary}
     )

@@ -19,6 +19,7 @@ import safetensors
 import safetensors.numpy
 
 from kdseg import checkpoint
+from kdseg import disk
 from kdseg import statistics
 from kdseg.report import scores
 
@@ -59,10 +60,10 @@ def save(
     key: value if key == "format" else json.dumps(value)
     for key, value in about.items()
   }
-  path.parent.mkdir(parents=True, exist_ok=True)
-  scratch = path.with_name(path.name + ".part")
-  scratch.write_bytes(safetensors.numpy.save(arrays, metadata))
-  scratch.replace(path)
+  with disk.writing(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+  with disk.whole(path) as file:
+    file.write(safetensors.numpy.save(arrays, metadata))
 
 
 def load(

@@ -11,6 +11,7 @@ import pathlib
 import sys
 from typing import Any
 
+from kdseg import disk
 from kdseg.report import scores
 from kdseg.report import summary
 from kdseg.report import tables
@@ -50,14 +51,15 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     rows, meta = _load(args.workdir)
     texts = tables.make_tables(rows, meta)
-    out.mkdir(parents=True, exist_ok=True)
+    with disk.writing(out):
+      out.mkdir(parents=True, exist_ok=True)
     if all(out.resolve() != folder.resolve() for folder in args.workdir):
       scores.write(out / "scores.csv", rows)
       text = json.dumps(meta, indent=2, sort_keys=True) + "\n"
       texts = {"report.json": text, **texts}
       print(out / "scores.csv")
     for name, text in texts.items():
-      (out / name).write_text(text, "utf-8", "backslashreplace", "\n")
+      disk.write_text(out / name, text)
       print(out / name)
   except (OSError, ValueError) as error:
     print(f"error: {error}", file=sys.stderr)

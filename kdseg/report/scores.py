@@ -22,6 +22,7 @@ import pathlib
 
 import numpy as np
 
+from kdseg import disk
 from kdseg import metrics
 
 KEYS = ("arm", "seed", "dataset", "id")
@@ -151,6 +152,7 @@ def write(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
   Raises:
     ValueError: on missing or unknown columns, an empty name, a metric that is
       not finite, or an image that appears twice. The old file stays.
+    WriteError: if the disk is full. The old file stays.
   """
   path = pathlib.Path(path)
   rows = [_checked(row, f"row {i}") for i, row in enumerate(rows)]
@@ -161,14 +163,12 @@ def write(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
     )
     for row in rows
   ]
-  temporary = path.with_name(path.name + ".tmp")
   # surrogateescape: file names need not be UTF-8.
   data = "".join(line + "\n" for line in lines)
-  with temporary.open("wb") as file:
+  with disk.whole(path) as file:
     file.write(data.encode("utf-8", "surrogateescape"))
     file.flush()
     os.fsync(file.fileno())
-  temporary.replace(path)
 
 
 def append(

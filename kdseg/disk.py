@@ -1,0 +1,102 @@
+"""Files that appear whole or not at all, and what to say if a disk refuses."""
+
+from collections.abc import Iterator
+import contextlib
+import errno
+import os
+import pathlib
+from typing import BinaryIO
+
+_FULL = {
+  errno.ENOSPC: "the disk is full",
+  errno.EDQUOT: "the disk quota is used up",
+  errno.EFBIG: "the file would be larger than is allowed",
+}
+_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+class WriteError(OSError):
+  """A file or folder that cannot be written; says which, why, what to do."""
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+  """Names what is written, if the disk is full or may not be written to.
+
+  Args:
+    path: the file or the folder.
+
+  Raises:
+    WriteError: in the place of such an error; others pass.
+  """
+  path = pathlib.Path(path)
+  try:
+    yield
+  except WriteError:
+    raise
+  except Exception as error:
+    code = _code(error)
+    if code in _FULL:
+      raise WriteError(
+        f"{path} cannot be written: {_FULL[code]}. Free some space, then the "
+        "same command continues"
+      ) from error
+    if code in _DENIED and _concerns(error, path):
+      raise WriteError(
+        f"{path} cannot be written: {os.strerror(code)}. Allow it, then the "
+        "same command continues, or choose another folder"
+      ) from error
+    raise
+
+
+@contextlib.contextmanager
+def whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+  """Yields a file that gets its name once all is in it.
+
+  After an error nothing of it is left, and an earlier file of that name stays.
+
+  Args:
+    path: where to; its folder has to exist.
+
+  Raises:
+    WriteError: see `writing`.
+  """
+  path = pathlib.Path(path)
+  scratch = path.with_name(path.name + ".part")
+  with writing(path):
+    try:
+      with open(scratch, "wb") as file:
+        yield file
+      scratch.replace(path)
+    except BaseException:
+      with contextlib.suppress(OSError):
+        scratch.unlink()
+      raise
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+  """Writes UTF-8, whole or not at all; what no UTF-8 can say, escaped.
+
+  Raises:
+    WriteError: see `writing`.
+  """
+  with whole(path) as file:
+    file.write(text.encode("utf-8", "backslashreplace"))
+
+
+def _code(error: Exception) -> int | None:
+  """Returns the number of the system's error that an exception tells of."""
+  if isinstance(error, OSError):
+    return error.errno
+  # Libraries in C++ only tell of it in words, whatever class they choose.
+  found = [code for code in _FULL if os.strerror(code) in str(error)]
+  return found[0] if found else None
+
+
+def _concerns(error: Exception, path: pathlib.Path) -> bool:
+  """Whether it is about `path`, not about what is read on the way."""
+  if getattr(error, "filename", None) is None:
+    return True
+  named = pathlib.Path(os.fsdecode(error.filename)).absolute()
+  path = path.absolute()
+  return named.is_relative_to(path.parent) or path.is_relative_to(named)
