@@ -13,6 +13,7 @@ _FULL = {
   errno.EFBIG: "the file would be larger than is allowed",
 }
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
+_IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 
 
 class WriteError(OSError):
@@ -21,7 +22,7 @@ class WriteError(OSError):
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
-  """Names what is written, if the disk is full or may not be written to.
+  """Names what is written, if the disk is full or refuses, or has no place.
 
   Args:
     path: the file or the folder.
@@ -45,6 +46,11 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
       raise WriteError(
         f"{path} cannot be written: {os.strerror(code)}. Allow it, then the "
         "same command continues, or choose another folder"
+      ) from error
+    if code in _IN_THE_WAY and _concerns(error, path):
+      raise WriteError(
+        f"{path} cannot be written: {os.strerror(code)}. A file is where a "
+        "folder has to be, or a folder where a file: choose another name"
       ) from error
     raise
 

@@ -209,6 +209,7 @@ def test_a_full_disk_leaves_what_was_there_and_the_next_try_is_whole(
     (errno.EDQUOT, "the disk quota is used up. Free some space, then"),
     (errno.EACCES, "Permission denied. Allow it, then the same command"),
     (errno.EROFS, "Read-only file system. Allow it, then the same command"),
+    (errno.EEXIST, "File exists. A file is where a folder has to be, or a"),
   ],
 )
 def test_the_error_says_where_and_why_and_what_to_do(code, text):
