@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import logging
+import re
 import sys
 
 from absl import app
@@ -98,6 +99,26 @@ def main(argv: Sequence[str]) -> None:
     sys.exit(f"kdseg: {error}")
 
 
+def _parse(arguments: Sequence[str]) -> list[str]:
+  """Parses the flags; ends with exit code 1 on a key that a config lacks."""
+  try:
+    return app.parse_flags_with_usage(arguments)
+  except AttributeError as error:
+    # ml_collections gives the key, and at times the nearest known one.
+    said = str(error)
+    key, near = (
+      re.search(pattern, said) for pattern in (r"\w+", r'Did you mean "(\w+)"')
+    )
+    if key is None:
+      raise
+    hint = (
+      f'Did you mean "{near[1]}"?' if near else "Its file has those it has."
+    )
+    sys.exit(
+      f'kdseg: the config has no key "{key[0]}", which a flag sets. {hint}'
+    )
+
+
 def _show_progress() -> None:
   """Sends the package's log to the terminal, one line an event."""
   # tfds tells of every option that is not its default, and orbax of every
@@ -114,4 +135,4 @@ def _show_progress() -> None:
 if __name__ == "__main__":
   flags.mark_flags_as_required(["config", "workdir"])
   jax.config.config_with_absl()
-  app.run(main)
+  app.run(main, flags_parser=_parse)
