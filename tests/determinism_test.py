@@ -75,7 +75,7 @@ def assert_same_numbers(ours, theirs):
     expected = leaves(theirs, network)
     for name, value in leaves(ours, network).items():
       np.testing.assert_allclose(
-        value, expected[name], rtol=1e-5, atol=1e-6, err_msg=f"{network} {name}"
+        value, expected[name], rtol=1e-5, atol=1e-5, err_msg=f"{network} {name}"
       )
   keys = ("arm", "seed", "dataset", "id")
   ours, theirs = rows(ours), rows(theirs)
