@@ -69,7 +69,9 @@ def test_every_name_in_it_exists(path, tmp_path):
 
 
 def test_terms_have_their_published_weights(path):
-  for config in variants(path).values():
+  for variant, config in variants(path).items():
+    if variant == "why":  # There the weight is what is compared.
+      continue
     for method in config.methods.values():
       for term, weight in method.get("terms", {}).items():
         assert weight == objective.PUBLISHED_WEIGHTS[term]
