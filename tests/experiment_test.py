@@ -4,6 +4,7 @@ Runs are shared: each one compiles several programs, which is what costs.
 """
 
 import csv
+import gc
 import json
 import os
 import pathlib
@@ -581,6 +582,8 @@ def test_a_disk_that_may_not_be_written_to_is_named(finished, small_disk):
   )
 
 
+# Python 3.11 tells so of what orbax leaves behind of a save that failed.
+@pytest.mark.filterwarnings("ignore:.*:pytest.PytestUnraisableExceptionWarning")
 def test_on_a_disk_that_is_full_again_and_again_it_ends_as_never_stopped(
   finished, small_disk
 ):
@@ -610,6 +613,8 @@ def test_on_a_disk_that_is_full_again_and_again_it_ends_as_never_stopped(
     ).read_bytes()
   for line in (workdir / "log.jsonl").read_text().splitlines():
     json.loads(line)
+  # While these warnings are let pass, and not in the next test.
+  gc.collect()
 
 
 # ------------------------------------------------------------------- other arms
