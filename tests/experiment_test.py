@@ -562,10 +562,10 @@ def test_a_teachers_pass_that_takes_too_much_memory_says_what_to_lower(
 
 @pytest.fixture
 def small_disk(tmp_path):
-  """A disk of 2 MiB."""
+  """A disk of 8 MiB."""
   place = tmp_path / "disk"
   place.mkdir()
-  mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", place]
+  mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", place]
   if not shutil.which("mount") or subprocess.run(mount, check=False).returncode:
     pytest.skip("mounting a disk takes rights that this process lacks")
   yield place
@@ -602,7 +602,7 @@ def test_on_a_disk_that_is_full_again_and_again_it_ends_as_never_stopped(
       assert why.startswith("the disk is full. Free some space, then the same")
       named.add(str(pathlib.Path(path).relative_to(workdir)))
     assert not list(workdir.rglob("*.part"))
-    free -= 400 << 10
+    free -= 700 << 10
     assert free > 0
     os.truncate(filler, free)
   # One thing after the other found no room.
