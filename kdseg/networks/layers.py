@@ -47,9 +47,12 @@ def normalize(image: Array) -> Array:
   return (image.astype(jnp.float32) - 0.5) / 0.25
 
 
-def _shared_means(axis_name: str | None, *maps: Array) -> Array:
-  """Means over all axes but the last, and over the devices: [maps, C]."""
-  means = jnp.stack([jnp.mean(x, tuple(range(x.ndim - 1))) for x in maps])
+def _means(*maps: Array) -> Array:
+  """Means over all axes but the last, [maps, C]."""
+  return jnp.stack([jnp.mean(x, tuple(range(x.ndim - 1))) for x in maps])
+
+
+def _over_devices(means: Array, axis_name: str | None) -> Array:
   return means if axis_name is None else jax.lax.pmean(means, axis_name)
 
 
@@ -70,7 +73,7 @@ def _normalize_batch_forward(
   x: Array, scale: Array, bias: Array, epsilon: float, axis_name: str | None
 ) -> tuple[tuple[Array, Array, Array], tuple[Array, Array, Array, Array]]:
   wide = x.astype(jnp.float32)
-  mean, square = _shared_means(axis_name, wide, jnp.square(wide))
+  mean, square = _over_devices(_means(wide, jnp.square(wide)), axis_name)
   # Rounding can make it negative.
   variance = jnp.maximum(square - jnp.square(mean), 0.0)
   inverse = jax.lax.rsqrt(variance + epsilon)
@@ -88,16 +91,17 @@ def _normalize_batch_backward(
   x, mean, inverse, scale = saved
   gradient = gradients[0]
   centred = x.astype(jnp.float32) - mean
+  own = _means(gradient, gradient * centred)
   # Through the statistics, a pixel has a part in the pixels of all devices.
-  shared = _shared_means(axis_name, gradient, gradient * centred)
+  shared = _over_devices(own, axis_name)
   x_gradient = (inverse * scale) * (
     gradient - shared[0] - centred * (jnp.square(inverse) * shared[1])
   )
-  axes = tuple(range(x.ndim - 1))
+  count = x.size // x.shape[-1]
   return (
     x_gradient.astype(x.dtype),
-    jnp.sum(gradient * centred, axes) * inverse,
-    jnp.sum(gradient, axes),
+    count * own[1] * inverse,
+    count * own[0],
   )
 
 
