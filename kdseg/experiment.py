@@ -585,7 +585,7 @@ def make_teacher(
       destination=destination,
       about={"arm": name, "network": c.network, "method": "none"},
     )
-    with _enough_to_train(name, 1, config):
+    with enough_to_train(name, 1, config):
       stage.train_together(
         name,
         {name: contender},
@@ -809,7 +809,7 @@ def train_arms(
       )
       for plan in group
     }
-    with _enough_to_train("students", len(group), config):
+    with enough_to_train("students", len(group), config):
       stage.train_together(
         "students",
         contenders,
@@ -826,10 +826,16 @@ def train_arms(
       )
 
 
-def _enough_to_train(
+def enough_to_train(
   name: str, count: int, config: ml_collections.ConfigDict
 ) -> contextlib.AbstractContextManager[None]:
-  """Says what to lower, if there is not enough memory for a stage."""
+  """Says what to lower, if there is not enough memory for a stage.
+
+  Args:
+    name: of the stage.
+    count: of the networks that are trained together.
+    config: see `configs/`.
+  """
   networks_ = "1 network" if count == 1 else f"{count} networks"
   lower = "data.batch_size or data.size"
   if count > 1:

@@ -8,7 +8,11 @@ they need no disk in common. On one host all of this does nothing.
 from collections.abc import Callable
 from collections.abc import Mapping
 import json
+import os
+import sys
+import traceback
 from typing import Any
+from typing import NoReturn
 from typing import TypeVar
 
 import jax
@@ -23,6 +27,8 @@ T = TypeVar("T")
 TIMEOUT_SECONDS = 100
 # How many calls of a shared question are answered by one exchange.
 ASK_EVERY = 20
+# Noted on an error of the first host that the others have heard of.
+_TOLD = "The other hosts were told."
 
 
 class HostError(RuntimeError):
@@ -80,6 +86,39 @@ def are_many() -> bool:
   return jax.process_count() > 1
 
 
+def end(error: Exception, message: str = "") -> NoReturn:
+  """Ends this process after an error, with exit code 1.
+
+  Python's own end waits for the other hosts, up to five minutes, and they wait
+  for this one's part of a sum; so it only ends like that if they know of the
+  error. Otherwise that its connections break tells them.
+
+  Args:
+    error: why.
+    message: says it all; empty: the traceback does.
+  """
+  known = isinstance(error, HostError) or _TOLD in getattr(
+    error, "__notes__", ()
+  )
+  # Not `are_many` alone, which would start a backend that is not there yet.
+  if known or not (jax.distributed.is_initialized() and are_many()):
+    if message:
+      sys.exit(message)
+    raise error
+  if message:
+    print(message, file=sys.stderr)
+  else:
+    traceback.print_exception(error)
+    print(
+      "kdseg: one of several hosts ends with this error; where it speaks of a "
+      "connection, another ended before, and says why",
+      file=sys.stderr,
+    )
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(1)
+
+
 def on_first(function: Callable[[], T]) -> T:
   """Calls a function on the first host; returns what it returned, on all.
 
@@ -97,6 +136,7 @@ def on_first(function: Callable[[], T]) -> T:
     try:
       answer = {"value": function()}
     except Exception as error:  # Whatever it is, the others wait for an answer.
+      error.add_note(_TOLD)
       failed, answer = error, {"error": f"{type(error).__name__}: {error}"}
   answer = json.loads(_from_first(json.dumps(answer).encode()))
   if failed is not None:

@@ -96,7 +96,9 @@ def main(argv: Sequence[str]) -> None:
     print(f"kdseg: {error}", file=sys.stderr)
     sys.exit(stopping.EXIT_CODE)
   except _EXPECTED as error:
-    sys.exit(f"kdseg: {error}")
+    hosts.end(error, f"kdseg: {error}")
+  except Exception as error:  # Whatever it is, other hosts must not wait.
+    hosts.end(error)
 
 
 def _parse(arguments: Sequence[str]) -> list[str]:

@@ -16,6 +16,7 @@ import numpy as np
 from kdseg import cache
 from kdseg import checkpoint
 from kdseg import experiment
+from kdseg import memory
 from kdseg import networks
 from kdseg import own as own_lib
 from kdseg import stage
@@ -62,6 +63,7 @@ def estimate(
   Raises:
     ValueError: on a config that cannot be run.
     DataError: if the data are not as they should be.
+    OutOfMemoryError: if something takes more memory than there is.
   """
   workdir = pathlib.Path(workdir)
   plans, methods = experiment.check(config, own_lib.Own())
@@ -84,11 +86,14 @@ def estimate(
       if (arm, seed, test) not in done
     )
 
-  def time_pass(network: nn.Module, variables: Tree) -> float:
+  def time_pass(what: str, network: nn.Module, variables: Tree) -> float:
     predict = stage.make_predict(network)
-    held = step_lib.replicate(variables)
-    given = step_lib.shard({"image": image})
-    return _median(lambda: predict(held, given), repeats)
+    with memory.enough(
+      f"{what}: passes of {evaluated}", stage.LOWER_EVALUATION
+    ):
+      held = step_lib.replicate(variables)
+      given = step_lib.shard({"image": image})
+      return _median(lambda: predict(held, given), repeats)
 
   def time_training(
     what: str,
@@ -105,16 +110,17 @@ def estimate(
         tap: np.ones(x.shape[-1], np.float32)
         for tap, x in prepared["taught"].items()
       }
-    # One kind a call, so that one arm at a time takes memory.
-    [arm] = stage.make_arms(
-      {what: contender}, setting, training, steps, deviations
-    ).values()
+    with experiment.enough_to_train(what, 1, config):
+      # One kind a call, so that one arm at a time takes memory.
+      [arm] = stage.make_arms(
+        {what: contender}, setting, training, steps, deviations
+      ).values()
 
-    def update() -> Tree:
-      arm.state, metrics = arm.step(arm.state, prepared)
-      return metrics
+      def update() -> Tree:
+        arm.state, metrics = arm.step(arm.state, prepared)
+        return metrics
 
-    seconds = _median(update, repeats)
+      seconds = _median(update, repeats)
     per_epoch = len(data.train) / batch
     validations = -(
       -steps // max(1, round(training.validate_epochs * per_epoch))
@@ -152,7 +158,7 @@ def estimate(
     left = passes_left(name, int(c.seed), averaging)
     if not (trains or teaches or left):
       continue
-    seconds[name] = time_pass(network, variables)
+    seconds[name] = time_pass(name, network, variables)
     if trains:
       given = prepared
       if c.precompute:
@@ -232,7 +238,7 @@ def estimate(
     student = next(plan.student for plan in plans if plan.arm == arm)
     network = experiment.make_student(student, config, own_lib.Own())
     if repr(network) not in predicts:
-      predicts[repr(network)] = time_pass(network, _initial(network, side))
+      predicts[repr(network)] = time_pass(arm, network, _initial(network, side))
     if group:
       items += time_training(
         f"{arm} x {len(group)}",

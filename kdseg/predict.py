@@ -7,7 +7,8 @@ arm in a workdir, or a file of `kdseg.deploy.export`; IMAGES are files, folders
 or patterns. Into DIR go masks/NAME.png at each image's own size (white where
 there is lesion), overlays/NAME.png, and predictions.csv with a row an image.
 One that cannot be read is named in its row and does not stop the others; the
-exit code is then 1. Research software, not a medical device.
+exit code is then 1. Ctrl-C keeps what was done, and its rows; the exit code is
+then 130. Research software, not a medical device.
 """
 
 import argparse
@@ -160,7 +161,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
   model.predict(np.zeros((model.size, model.size, 3), np.uint8))
   out = pathlib.Path(options.out)
   paths = pictures.find(options.images)
-  failed = 0
+  done = failed = 0
+  stopped = False
   try:
     with disk.writing(out):
       out.mkdir(parents=True, exist_ok=True)
@@ -176,25 +178,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ):
       writer = csv.DictWriter(file, COLUMNS)
       writer.writeheader()
-      for row in predict(model, paths, out, threshold=threshold):
-        writer.writerow({k: scores.safe_cell(str(v)) for k, v in row.items()})
-        if row["error"]:
-          failed += 1
-          print(archives.shown(f"kdseg: {row['error']}"), file=sys.stderr)
-        else:
-          print(
-            archives.shown(
-              f"{row['file']}: lesion on {float(row['area_share']):.1%} of the "
-              f"image, confidence {row['confidence']}"
+      try:
+        for row in predict(model, paths, out, threshold=threshold):
+          writer.writerow({k: scores.safe_cell(str(v)) for k, v in row.items()})
+          done += 1
+          if row["error"]:
+            failed += 1
+            print(archives.shown(f"kdseg: {row['error']}"), file=sys.stderr)
+          else:
+            print(
+              archives.shown(
+                f"{row['file']}: lesion on {float(row['area_share']):.1%} of "
+                f"the image, confidence {row['confidence']}"
+              )
             )
-          )
+      except KeyboardInterrupt:
+        # The rows of what was segmented are not lost.
+        stopped = True
   except disk.WriteError as error:
     print(f"kdseg: {error}", file=sys.stderr)
     return 2
   except OSError as error:
     print(f"kdseg: {out} cannot be written: {error}", file=sys.stderr)
     return 2
-  print(f"{len(paths) - failed} of {len(paths)} segmented; see {out}")
+  print(f"{done - failed} of {len(paths)} segmented; see {out}")
+  if stopped:
+    print("kdseg: stopped by Ctrl-C", file=sys.stderr)
+    return 130
   return 1 if failed else 0
 
 

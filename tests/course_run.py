@@ -85,6 +85,8 @@ def main():
   except stopping.StoppedError as error:
     print(error)
     sys.exit(stopping.EXIT_CODE)
+  except Exception as error:
+    hosts.end(error)
 
 
 if __name__ == "__main__":

@@ -248,6 +248,29 @@ def test_a_host_that_dies_makes_the_other_stop(brief, tmp_path, dead):
   assert time.monotonic() - died < 90
 
 
+@long
+def test_an_error_of_one_host_makes_the_other_stop_soon(brief, tmp_path):
+  _, data = brief
+  (tmp_path / "host0").mkdir()
+  (tmp_path / "host0" / "checkpoints").write_text("in the way of a folder")
+  first, other = start_brief(tmp_path, data)
+  code, out = end(first)
+  failed = time.monotonic()
+  assert code == 1
+  assert "A file is where a folder has to be" in out
+  code, out = end(other)
+  assert code != 0, out[-3000:]
+  # Python's own end would wait five minutes.
+  assert time.monotonic() - failed < 60
+
+
+def test_an_error_on_one_host_ends_as_python_ends_it():
+  with pytest.raises(SystemExit, match="^it says all$"):
+    hosts.end(ValueError("x"), "it says all")
+  with pytest.raises(ValueError, match="^x$"):
+    hosts.end(ValueError("x"))
+
+
 def test_arrays_of_any_shape_and_order_come_through():
   arrays = {
     "step": np.int32(7),

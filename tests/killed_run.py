@@ -84,6 +84,8 @@ def main():
   except stopping.StoppedError as error:
     print(error)
     sys.exit(stopping.EXIT_CODE)
+  except Exception as error:
+    hosts.end(error)
   finally:
     print(f"renames: {renames()}")
 

@@ -6,6 +6,7 @@ from tiny_run import FROZEN
 from tiny_run import make_config
 
 from kdseg import checkpoint
+from kdseg import memory
 from kdseg import plan
 from kdseg.report import scores as scores_lib
 
@@ -60,6 +61,28 @@ def test_counts_every_kind_of_work_once(items):
 
 def test_every_kind_took_its_time(items):
   assert all(0 < item.seconds < 60 for item in items)
+
+
+@pytest.mark.parametrize(
+  ("measured", "said"),
+  [
+    (0, r"^teacher_vit: passes of 8: .* lower evaluation\.batch_size"),
+    (1, r"^teacher_vit: training 1 network .* lower data\.batch_size"),
+  ],
+)
+def test_too_little_memory_names_what_to_lower(
+  config, folder, monkeypatch, measured, said
+):
+  times = iter([1.0] * measured)
+
+  def median(function, repeats):
+    for seconds in times:
+      return seconds
+    raise MemoryError
+
+  monkeypatch.setattr(plan, "_median", median)
+  with pytest.raises(memory.OutOfMemoryError, match=said):
+    plan.estimate(config, folder / "run")
 
 
 def test_leaves_the_workdir_as_it_is(items, folder):

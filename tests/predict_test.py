@@ -79,6 +79,27 @@ def test_one_bad_file_stops_no_other_and_shows_in_the_exit_code(
   assert printed.err.count("kdseg: ") == 2
 
 
+def test_ctrl_c_keeps_the_rows_of_what_was_done(
+  model, images, tmp_path, capsys, monkeypatch
+):
+  read = predict.pictures.read
+
+  def read_or_stop(path):
+    if path.name == "b.png":
+      raise KeyboardInterrupt
+    return read(path)
+
+  monkeypatch.setattr(predict.pictures, "read", read_or_stop)
+  gone = images / "b.png"
+  code, rows = run(model, images / "a.png", gone, out=tmp_path / "out")
+  assert code == 130
+  assert [row["mask"] for row in rows] == ["a.png"]
+  assert (tmp_path / "out" / "masks" / "a.png").exists()
+  printed = capsys.readouterr()
+  assert "1 of 2 segmented" in printed.out
+  assert "stopped by Ctrl-C" in printed.err
+
+
 def test_a_threshold_of_ones_own(model, images, tmp_path):
   with Image.open(images / "a.png") as image:
     probability = models.load(model).predict(np.asarray(image))

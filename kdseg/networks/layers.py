@@ -90,12 +90,14 @@ def _normalize_batch_backward(
   del epsilon
   x, mean, inverse, scale = saved
   gradient = gradients[0]
-  centred = x.astype(jnp.float32) - mean
-  own = _means(gradient, gradient * centred)
+  wide = x.astype(jnp.float32)
+  means = _means(gradient, gradient * wide)
+  # Not of `wide - mean`, which would be a map of its own, written and read.
+  own = means.at[1].add(-mean * means[0])
   # Through the statistics, a pixel has a part in the pixels of all devices.
   shared = _over_devices(own, axis_name)
   x_gradient = (inverse * scale) * (
-    gradient - shared[0] - centred * (jnp.square(inverse) * shared[1])
+    gradient - shared[0] - (wide - mean) * (jnp.square(inverse) * shared[1])
   )
   count = x.size // x.shape[-1]
   return (
