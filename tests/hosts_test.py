@@ -265,9 +265,9 @@ def test_an_error_of_one_host_makes_the_other_stop_soon(brief, tmp_path):
 
 
 def test_an_error_on_one_host_ends_as_python_ends_it():
-  with pytest.raises(SystemExit, match="^it says all$"):
+  with pytest.raises(SystemExit, match=r"^it says all$"):
     hosts.end(ValueError("x"), "it says all")
-  with pytest.raises(ValueError, match="^x$"):
+  with pytest.raises(ValueError, match=r"^x$"):
     hosts.end(ValueError("x"))
 
 
