@@ -72,6 +72,8 @@ COMPARISON = {
   "wide": {**BAND, "generator_width": 96},
   "no_generator": {**BAND, "generator": "identity"},
   "no_region": {**BAND, "region": "none"},
+  # The best on validation of the variant "why".
+  "mbf_all_hidden": {**BAND, "mask_ratio": 1.0},
   "smoothing": {"segmentation": {"smoothed_bce": 1.0, "dice": 1.0}},
   "shuffled": {**BAND, "answers": "shuffled"},
   # The rivals.
@@ -94,7 +96,7 @@ WHY = {
   "mbf_strong": {**BAND, "terms": {"mbf": 3.0}},
   "mbf_narrow": {**BAND, "radius": 3.0},
   "mbf_broad": {**BAND, "radius": 8.0},
-  "mbf_all_hidden": {**BAND, "mask_ratio": 1.0},
+  "mbf_all_hidden": COMPARISON["mbf_all_hidden"],
   # A hidden cell has no gradient of its own: the boundary itself is taught
   # less directly than the rest, unless its error alone counts.
   "band_loss": {**BAND, "loss_region": "band"},

@@ -24,7 +24,8 @@ NETWORKS = (
 )
 
 
-def course(workdir, data_dir, *flags, devices):
+def course(workdir, data_dir, *flags, devices, compiled=None):
+  """Runs it; `compiled` is the folder of programs that it may take over."""
   count = f"--xla_force_host_platform_device_count={devices}"
   done = subprocess.run(
     [sys.executable, "course_run.py", str(workdir), str(data_dir), *flags],
@@ -34,7 +35,15 @@ def course(workdir, data_dir, *flags, devices):
       "PYTHONPATH": str(TESTS.parent),
       # Beside what conftest sets, which makes compilation quick.
       "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {count}",
-    },
+    }
+    | (
+      {
+        "JAX_COMPILATION_CACHE_DIR": str(compiled),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+      }
+      if compiled
+      else {}
+    ),
     capture_output=True,
     text=True,
     check=False,
@@ -52,13 +61,18 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def on_two(folder):
-  return course(folder / "two", folder / "data", devices=2)
+def compiled(folder):
+  return folder / "compiled"
 
 
 @pytest.fixture(scope="module")
-def on_one(folder):
-  return course(folder / "one", folder / "data", devices=1)
+def on_two(folder, compiled):
+  return course(folder / "two", folder / "data", devices=2, compiled=compiled)
+
+
+@pytest.fixture(scope="module")
+def on_one(folder, compiled):
+  return course(folder / "one", folder / "data", devices=1, compiled=compiled)
 
 
 def leaves(workdir, network):
@@ -90,6 +104,7 @@ def assert_same_numbers(ours, theirs):
 
 
 def test_two_processes_of_the_same_run_write_the_same_bits(folder, on_two):
+  # That compiles its programs itself.
   again = course(folder / "again", folder / "data", devices=2)
   for network in NETWORKS:
     expected = leaves(on_two, network)
@@ -116,9 +131,9 @@ def test_two_devices_train_what_one_does(on_one, on_two):
 
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
 def test_a_run_goes_on_with_another_number_of_devices(
-  folder, on_one, first, then
+  folder, compiled, on_one, first, then
 ):
   workdir, data = folder / f"from{first}to{then}", folder / "data"
-  course(workdir, data, "--stop", devices=first)
-  course(workdir, data, devices=then)
+  course(workdir, data, "--stop", devices=first, compiled=compiled)
+  course(workdir, data, devices=then, compiled=compiled)
   assert_same_numbers(workdir, on_one)
