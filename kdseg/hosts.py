@@ -86,7 +86,7 @@ def are_many() -> bool:
   return jax.process_count() > 1
 
 
-def end(error: Exception, message: str = "") -> NoReturn:
+def end(error: BaseException, message: str = "") -> NoReturn:
   """Ends this process after an error, with exit code 1.
 
   Python's own end waits for the other hosts, up to five minutes, and they wait

@@ -97,7 +97,8 @@ def main(argv: Sequence[str]) -> None:
     sys.exit(stopping.EXIT_CODE)
   except _EXPECTED as error:
     hosts.end(error, f"kdseg: {error}")
-  except Exception as error:  # Whatever it is, other hosts must not wait.
+  except (Exception, KeyboardInterrupt) as error:
+    # Whatever it is, other hosts must not wait.
     hosts.end(error)
 
 
