@@ -367,7 +367,8 @@ def test_every_switch_runs_and_teaches_the_student(switches):
     assert all(term.dtype == jnp.float32 for term in terms.values())
     return sum(terms.values())
 
-  value, (by_out, by_params) = jax.value_and_grad(total, (0, 1))(out, params)
+  gradients = jax.jit(jax.value_and_grad(total, (0, 1)))
+  value, (by_out, by_params) = gradients(out, params)
   assert np.isfinite(value)
   assert value > 0
   for leaf in jax.tree.leaves((by_out, by_params)):
@@ -512,9 +513,11 @@ def test_the_teacher_gets_no_gradient(region):
   terms = dict.fromkeys(set(objective.TERMS) - {"mgd", "m2bf"}, 1.0)
   method = objective.Method(terms=terms, taps=("low",), region=region)
   module, params = make_distiller(method)
-  gradient = jax.grad(
-    lambda taught: sum(
-      distil(method, module=module, params=params, taught=taught).values()
+  gradient = jax.jit(
+    jax.grad(
+      lambda taught: sum(
+        distil(method, module=module, params=params, taught=taught).values()
+      )
     )
   )(taught)
   assert not any(leaf.any() for leaf in jax.tree.leaves(gradient))

@@ -251,7 +251,9 @@ def test_every_parameter_learns_from_the_loss_that_it_is_for(topology):
       )
     )
 
-  slopes = traverse_util.flatten_dict(jax.grad(loss)(variables["params"]))
+  slopes = traverse_util.flatten_dict(
+    jax.jit(jax.grad(loss))(variables["params"])
+  )
   for name, slope in slopes.items():
     assert np.max(np.abs(slope)) > 1e-6, name
 

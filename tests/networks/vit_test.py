@@ -117,7 +117,7 @@ def test_frozen_blocks_get_no_gradient(trained_from, trained):
     grids = network.apply({"params": params}, IMAGE)
     return sum(jnp.sum(jnp.square(grid)) for grid in grids)
 
-  gradient = jax.grad(loss)(variables["params"])
+  gradient = jax.jit(jax.grad(loss))(variables["params"])
   moved = {
     name if name.startswith("block") else "embedding"
     for name, part in gradient.items()
@@ -186,7 +186,7 @@ def test_what_is_called_frozen_is_what_gets_no_gradient(trained_from):
     grids = network.apply({"params": params}, IMAGE)
     return sum(jnp.sum(jnp.square(grid)) for grid in grids)
 
-  for name, part in jax.grad(loss)(variables["params"]).items():
+  for name, part in jax.jit(jax.grad(loss))(variables["params"]).items():
     still = not any(leaf.any() for leaf in jax.tree.leaves(part))
     assert still == vit.is_frozen(name, trained_from)
 
