@@ -261,20 +261,20 @@ def _named(entry: Mapping[str, Any], meta: Meta) -> tuple[str, str, str]:
   """Returns (data set, arm, against) of an entry of the primary family.
 
   Of several to be set against, it is the one with the best mean validation
-  Dice over the seeds that it shares with the arm: nothing is chosen on a test
-  set. None of them trained: all their names.
+  Dice over the seeds that all of them share (where they share none, over its
+  own): nothing is chosen on a test set. None of them trained: all their names.
   """
   arm = entry.get("arm", "")
   against = entry.get("against") or _baseline_of(arm, meta)
   if isinstance(against, str):
     return entry.get("dataset", ""), arm, against
   validation = meta.get("validation", {})
-  own = validation.get(arm, {})
-  means = {}
-  for other in against:
-    shared = validation.get(other, {}).keys() & own.keys()
-    if shared:
-      means[other] = float(np.mean([validation[other][s] for s in shared]))
+  known = {o: validation[o] for o in against if validation.get(o)}
+  shared = set[str]().union(*known.values()).intersection(*known.values())
+  means = {
+    other: float(np.mean([dice[seed] for seed in sorted(shared or dice)]))
+    for other, dice in known.items()
+  }
   best = max(means, key=means.__getitem__) if means else " or ".join(against)
   return entry.get("dataset", ""), arm, best
 

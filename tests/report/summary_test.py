@@ -288,14 +288,19 @@ class TestVerdicts:
     rows += make_arm(kd, 0.89) + make_arm(mgd, 0.88)
     entry = {"dataset": "isic2016_test", "arm": M2BF, "against": [kd, mgd]}
     validation = {
-      M2BF: {"0": 0.9, "1": 0.9},
+      # The arm's own validation, or the lack of it, is of no account.
+      M2BF: {"2": 0.9},
       mgd: {"0": 0.92, "1": 0.92},
-      # Better by a seed that the arm does not have.
+      # Better by a seed that its rival does not have.
       kd: {"0": 0.91, "1": 0.91, "7": 0.99},
     }
     meta = {**FAST, "primary": [entry], "validation": validation}
     got = [c for c in summary.summarize(rows, meta).comparisons if c.holm]
     assert [(c.arm, c.baseline) for c in got] == [(M2BF, mgd)]
+    # They share no seed: each counts over its own.
+    validation[mgd] = {"3": 0.92, "4": 0.92}
+    got = [c for c in summary.summarize(rows, meta).comparisons if c.holm]
+    assert [(c.arm, c.baseline) for c in got] == [(M2BF, kd)]
 
   def test_an_empty_family_makes_everything_exploratory(self):
     rows = make_arm(NONE, 0.85) + make_arm(M2BF, 0.89)
