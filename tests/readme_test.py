@@ -64,8 +64,8 @@ class Block(NamedTuple):
   tested: bool
 
 
-def readme() -> str:
-  path = ROOT / "README.md"
+def readme(folder: str = "") -> str:
+  path = ROOT / folder / "README.md"
   assert path.exists(), "there is no README.md: write it"
   return path.read_text(encoding="utf-8")
 
@@ -205,6 +205,8 @@ def test_the_two_set_up_commands_stand_word_for_word():
 
 def test_every_path_exists():
   assert missing_paths(readme()) == []
+  of_results = missing_paths(readme("results"))
+  assert [p for p in of_results if not (ROOT / "results" / p).exists()] == []
 
 
 def test_every_name_of_a_module_is_defined_there():
@@ -219,7 +221,8 @@ def test_every_module_that_is_run_exists():
 
 
 def test_every_config_exists_and_every_flag_parses():
-  of_main = [a for module, a in modules_run(readme()) if module == "kdseg.main"]
+  run_here = modules_run(readme()) + modules_run(readme("results"))
+  of_main = [a for module, a in run_here if module == "kdseg.main"]
   for arguments in of_main:
     assert (ROOT / config_of(arguments)).exists(), arguments
   wrong = [
