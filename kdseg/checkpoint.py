@@ -1,11 +1,13 @@
 """Trees on disk: the course of a training, and finished variables."""
 
 from collections.abc import Mapping
+from collections.abc import Sequence
 import errno
 import json
 import logging
 import os
 import pathlib
+import shutil
 from typing import Any
 from typing import BinaryIO
 
@@ -97,13 +99,16 @@ def restore_latest(
 ) -> tuple[int, Tree, dict[str, Any]] | None:
   """Returns (step, tree of numpy arrays, extra) of the latest whole one.
 
-  A damaged checkpoint is named in the log and the one before it is used.
+  A damaged checkpoint is named in the log, and the one before it is used. It
+  is put aside then, as "damaged-STEP": a training that goes on from an earlier
+  step comes to this one again, and has to save it.
 
   Raises:
+    WriteError: if it cannot be put aside.
     CheckpointError: if there are checkpoints, and none can be read.
   """
   steps = sorted(manager.all_steps(), reverse=True)
-  for step in steps:
+  for number, step in enumerate(steps):
     try:
       restored = manager.restore(
         step,
@@ -119,6 +124,7 @@ def restore_latest(
         str(error).splitlines()[0] if str(error) else type(error).__name__,
       )
       continue
+    _put_aside(manager, steps[:number])
     return step, to_host(restored["tree"]), dict(restored["extra"])
   if steps:
     raise CheckpointError(
@@ -126,6 +132,17 @@ def restore_latest(
       "the folder to start this stage again"
     )
   return None
+
+
+def _put_aside(manager: ocp.CheckpointManager, steps: Sequence[int]) -> None:
+  folder = pathlib.Path(manager.directory)
+  with disk.writing(folder):
+    for step in steps:
+      aside = folder / f"damaged-{step}"
+      shutil.rmtree(aside, ignore_errors=True)
+      (folder / str(step)).rename(aside)
+  if steps:
+    manager.reload()
 
 
 def save_variables(

@@ -5,6 +5,7 @@ it is there; a training that was stopped goes on from its last checkpoint. So
 a second start continues the first, and a third finds nothing to do.
 """
 
+import collections
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
@@ -174,12 +175,14 @@ def run(
 
     def enter() -> bool:
       stack.enter_context(workdir_lib.locked(workdir))
-      workdir_lib.adopt_config(config, workdir)
-      return is_finished(config, workdir, plans)
+      same = workdir_lib.check_config(config, workdir)
+      _check_trained(config, workdir, plans)
+      return same and is_finished(config, workdir, plans)
 
     if hosts.on_first(enter):
       _LOG.info("%s is finished; nothing to do", workdir)
       return False
+    _check_taps(config, plans, methods, own)
     started = time.monotonic()
     log = make_log(workdir)
     with memory.enough(
@@ -189,8 +192,15 @@ def run(
     ):
       data = load_data(config)
     _check_data_agree(data)
-    if hosts.is_first():
-      workdir_lib.write_environment(workdir, describe_data(data))
+
+    def adopt() -> None:
+      facts = describe_data(data)
+      workdir_lib.check_data(workdir, facts)
+      # Not before the data are there: a slip in a first command costs nothing.
+      workdir_lib.adopt_config(config, workdir)
+      workdir_lib.write_environment(workdir, facts)
+
+    hosts.on_first(adopt)
     teachers = {
       name: make_teacher(name, config, workdir, data, log, stop)
       for name in config.teachers
@@ -213,6 +223,86 @@ def make_log(workdir: pathlib.Path) -> Log:
   if not hosts.is_first():
     return lambda record: None
   return functools.partial(checkpoint.append_json_line, workdir / "log.jsonl")
+
+
+def _check_trained(
+  config: ml_collections.ConfigDict, workdir: pathlib.Path, plans: list[Plan]
+) -> None:
+  """Refuses methods that are not what arms of that name were trained with.
+
+  A method that was taken out of a config and put back is not compared by
+  `workdir.check_config`.
+
+  Raises:
+    WorkdirError: that names the switch.
+  """
+  trained: dict[str, Any] = {}
+  for path in sorted((workdir / "checkpoints" / "arms").glob("*/group.json")):
+    begun = json.loads(path.read_text(encoding="utf-8"))
+    # Earlier versions wrote the names of the arms alone.
+    trained |= begun if isinstance(begun, dict) else {}
+  for plan in plans:
+    for name in ("about.json", "failed.json"):
+      path = workdir / "arms" / plan.key / name
+      if path.exists():
+        about = json.loads(path.read_text(encoding="utf-8"))
+        trained[plan.key] = about.get("switches", {})
+  for plan in plans:
+    if plan.key not in trained:
+      continue
+    now = json.loads(json.dumps(config.methods[plan.method].to_dict()))
+    for key, before, after in workdir_lib.differences(trained[plan.key], now):
+      what, way_out = workdir_lib.say_change(
+        f"methods.{plan.method}.{key}", before, after
+      )
+      raise workdir_lib.WorkdirError(
+        f"{workdir} holds {plan.key} of another method of that name: {what}; "
+        f"choose another name for it, another --workdir, or {way_out}"
+      )
+
+
+def _check_taps(
+  config: ml_collections.ConfigDict,
+  plans: list[Plan],
+  methods: Mapping[str, objective.Method],
+  own: own_lib.Own,
+) -> None:
+  """Refuses methods that compare what a network does not have.
+
+  Apart from `check`, as it traces the networks.
+
+  Raises:
+    ConfigError: that names the method and the tap.
+  """
+  image = jnp.zeros((1, config.data.size, config.data.size, 3))
+
+  def outputs(network: nn.Module) -> list[str]:
+    shapes = jax.eval_shape(
+      lambda rng: network.init_with_output(rng, image)[0], jax.random.key(0)
+    )
+    return list(shapes)
+
+  wanted: dict[str, list[str]] = {}
+  for plan in plans:
+    if methods[plan.method].needs_taps:
+      wanted.setdefault(plan.student, []).append(plan.method)
+  if not wanted:
+    return
+  networks_ = [
+    networks.make_network(c.network, **dict(c.options))
+    for c in (config.teachers[name] for name in config.distil_from)
+  ]
+  of_teachers = [outputs(network) for network in networks_]
+  for student, names in wanted.items():
+    of_student = outputs(make_student(student, config, own))
+    for name in dict.fromkeys(names):
+      for of_teacher in of_teachers:
+        try:
+          stage.check_taps(methods[name].taps, of_student, of_teacher)
+        except ValueError as error:
+          raise ConfigError(
+            f'method "{name}" of arms.{student}: {error}'
+          ) from error
 
 
 def _check_data_agree(data: Data) -> None:
@@ -245,6 +335,8 @@ def check(
   """
   try:
     _check_keys(config)
+    _check_tests(config)
+    objective.check_segmentation(config.segmentation)
     plans = plan_arms(config)
     methods = {
       name: objective.make_method(dict(options), own)
@@ -291,14 +383,33 @@ def _check_keys(config: ml_collections.ConfigDict) -> None:
     )
 
 
+def _check_tests(config: ml_collections.ConfigDict) -> None:
+  """Raises ValueError on data that the config cannot name."""
+  c = config.data
+  choices.check_known("data set", [c.name], TEST_NAMES)
+  choices.check_known("data set", c.tests, (*TEST_NAMES, VALIDATION))
+  if not c.tests:
+    raise ValueError(
+      f'data.tests names nothing to score on; "{VALIDATION}" are the images '
+      "that choose"
+    )
+  if c.size % 32:
+    raise ValueError(f"data.size must be divisible by 32, not {c.size}")
+
+
 def plan_arms(config: ml_collections.ConfigDict) -> list[Plan]:
   """Returns every arm that the config names, the first seeds first.
 
   Raises:
-    ValueError: on a method that `config.methods` does not define.
+    ValueError: on a method that `config.methods` does not define, or an arm
+      that is named twice.
   """
   plans = []
   for student, arm in config.arms.items():
+    for key in ("methods", "seeds"):
+      twice = [v for v, n in collections.Counter(arm[key]).items() if n > 1]
+      if twice:
+        raise ValueError(f"arms.{student}.{key} has {twice[0]!r} twice")
     for method in arm.methods:
       if method not in config.methods:
         raise ValueError(
@@ -387,9 +498,19 @@ def _check_names(
         f'method "{name}" shuffles answers, which takes two images a device: '
         "raise data.batch_size"
       )
-  make_training(dict(config.training))
+  for name in dict.fromkeys(plan.student for plan in plans):
+    # A table tells arms apart by "<student>-<method>", and teachers by name.
+    if "-" in name or name.startswith(JOINT):
+      raise ValueError(
+        f'arms.{name}: the name of a student has no "-" and does not begin '
+        f'with "{JOINT}"; choose another'
+      )
+  training = make_training(dict(config.training))
+  training.check()
+  if plans and training.max_steps <= 0 and training.epochs <= 0:
+    raise ValueError(f"training.epochs is {training.epochs}; take more than 0")
   for name, teacher in config.teachers.items():
-    make_training(dict(teacher.training))
+    make_training(dict(teacher.training)).check()
     network = networks.make_network(teacher.network, **dict(teacher.options))
     if teacher.precompute and getattr(network, "trained_from", 0) < 1:
       raise ValueError(
@@ -405,14 +526,10 @@ def load_data(config: ml_collections.ConfigDict) -> Data:
   """Reads every split that the config names.
 
   Raises:
-    ValueError: if a split is empty, or the size does not fit the networks.
+    ValueError: if a split is empty.
     DataError: see `data.pipeline.load`.
   """
   c = config.data
-  if c.size % 32:
-    raise ValueError(f"data.size must be divisible by 32, not {c.size}")
-  choices.check_known("data set", [c.name], TEST_NAMES)
-  choices.check_known("data set", c.tests, (*TEST_NAMES, VALIDATION))
 
   def load(name: str, split: str) -> pipeline.Arrays:
     arrays = pipeline.load(
@@ -795,7 +912,7 @@ def train_arms(
   teacher = join_teachers(config, teachers)
   while True:
     by_key = {plan.key: plan for plan in plans}
-    keys, number = hosts.on_first(lambda: _next_group(plans, workdir))
+    keys, number = hosts.on_first(lambda: _next_group(config, plans, workdir))
     if not keys:
       return
     group = [by_key[key] for key in keys]
@@ -819,6 +936,7 @@ def train_arms(
         arrays=data.train,
         validation=data.validation,
         log=log,
+        all_may_diverge=True,
         teach=teaching.teach,
         teacher_variables=teaching.variables,
         computed=teaching.computed,
@@ -915,7 +1033,7 @@ def make_contender(
 
 
 def _next_group(
-  plans: list[Plan], workdir: pathlib.Path
+  config: ml_collections.ConfigDict, plans: list[Plan], workdir: pathlib.Path
 ) -> tuple[list[str], str]:
   """Returns the arms to train together next, and their number; or none.
 
@@ -928,23 +1046,25 @@ def _next_group(
   folder = workdir / "checkpoints" / "arms"
   with disk.writing(folder):
     folder.mkdir(parents=True, exist_ok=True)
-  known = {plan.key for plan in plans}
+  switches = {p.key: config.methods[p.method].to_dict() for p in plans}
   groups = sorted(folder.glob("*/group.json"))
   for path in groups:
     keys = json.loads(path.read_text(encoding="utf-8"))
     if set(open_keys) & set(keys):
-      missing = [key for key in keys if key not in known]
+      missing = [key for key in keys if key not in switches]
       if missing:
         raise workdir_lib.WorkdirError(
           f"{path.parent} is a training of arms that the config has no more "
           f"({', '.join(missing)}); put them back, or delete that folder to "
           "start its other arms again"
         )
-      return keys, path.parent.name
-  path = folder / f"{len(groups):03d}" / "group.json"
+      return list(keys), path.parent.name
+  # One may have been deleted: not by their count.
+  number = max((int(path.parent.name) for path in groups), default=-1) + 1
+  path = folder / f"{number:03d}" / "group.json"
   with disk.writing(path):
     path.parent.mkdir(exist_ok=True)
-  checkpoint.write_json(path, open_keys)
+  checkpoint.write_json(path, {key: switches[key] for key in open_keys})
   return open_keys, path.parent.name
 
 
@@ -1237,9 +1357,10 @@ def write_report(
   rows = scores_lib.read(workdir / "scores.csv")
   meta = _describe_protocol(config, workdir, data, plans, own)
   checkpoint.write_json(workdir / "report.json", meta)
-  picture = _draw_overlays(workdir, data, rows)
-  with disk.whole(workdir / "overlays.png") as file:
-    picture.save(file, "PNG")
+  cases, title = _pick_cases(workdir, data, rows)
+  if cases:
+    with disk.whole(workdir / "overlays.png") as file:
+      overlays.overlays(cases, title=title).save(file, "PNG")
   for name, text in tables.make_tables(rows, meta).items():
     disk.write_text(workdir / name, text)
   with disk.whole(workdir / _REPORTED) as file:
@@ -1265,7 +1386,10 @@ def _describe_protocol(
   size = config.data.size
   arms, notes = {}, []
   folders = {name: workdir / "teachers" / name for name in config.teachers}
-  folders |= {plan.arm: workdir / "arms" / plan.key for plan in plans}
+  for plan in plans:
+    folder = workdir / "arms" / plan.key
+    if checkpoint.is_finished(folder):
+      folders.setdefault(plan.arm, folder)
   macs: dict[str, float] = {}
   for arm, folder in folders.items():
     if not checkpoint.is_finished(folder):
@@ -1391,10 +1515,10 @@ def _validation_dice(
   return found
 
 
-def _draw_overlays(
+def _pick_cases(
   workdir: pathlib.Path, data: Data, rows: list[scores_lib.Row]
-) -> Image.Image:
-  """Draws the first seed of every arm on the first test set."""
+) -> tuple[list[overlays.Case], str]:
+  """Picks from the first seed of every arm on the first test set; a title."""
   test, arrays = next(iter(data.tests.items()))
   index = {identity: i for i, identity in enumerate(arrays.ids)}
   cases, seen = [], set()
@@ -1408,6 +1532,9 @@ def _draw_overlays(
       truth = arrays.native_mask(i)
       image = Image.fromarray(arrays.image[i]).resize(truth.shape[::-1])
       path = _prediction_path(workdir, arm, seed, test, identity)
+      if not path.exists():
+        _LOG.warning("overlays.png goes without %s, which is not there", path)
+        continue
       with Image.open(path) as prediction:
         cases.append(
           overlays.Case(
@@ -1420,7 +1547,7 @@ def _draw_overlays(
             prediction=np.asarray(prediction.convert("L")) > 0,
           )
         )
-  return overlays.overlays(cases, title=f"{test}, first seed of each arm")
+  return cases, f"{test}, first seed of each arm"
 
 
 def _prediction_path(

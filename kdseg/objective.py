@@ -163,7 +163,7 @@ class Method:
           "out to switch it off"
         )
     if self.segmentation:
-      _check_segmentation(self.segmentation)
+      check_segmentation(self.segmentation)
     for name, known in _CHOICES.items():
       if name == "region":
         known = (*known, *self.own.regions)
@@ -243,7 +243,8 @@ def make_method(
   )
 
 
-def _check_segmentation(weights: Mapping[str, float]) -> None:
+def check_segmentation(weights: Mapping[str, float]) -> None:
+  """Raises ValueError on weights of terms that do not exist, or on none."""
   unknown = set(weights) - set(SEGMENTATION_TERMS)
   if unknown or not weights:
     raise ValueError(
@@ -265,7 +266,7 @@ def segmentation_loss(
   Raises:
     ValueError: on an unknown term.
   """
-  _check_segmentation(weights)
+  check_segmentation(weights)
   parts = {
     name: jnp.mean(SEGMENTATION_TERMS[name](logits, labels)) for name in weights
   }

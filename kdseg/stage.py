@@ -1,6 +1,7 @@
 """One stage of an experiment: some networks, trained together to the end."""
 
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Mapping
 import contextlib
 import dataclasses
@@ -13,6 +14,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from kdseg import checkpoint
 from kdseg import disk
@@ -75,6 +77,33 @@ class Training:
   validate_epochs: float = 2.0
   save_epochs: float = 4.0
   on_non_finite: str = "stop"
+
+  def check(self) -> None:
+    """Raises ValueError on a value that would only fail in the training."""
+    train.check_on_non_finite(self.on_non_finite)
+    if not 0 <= self.warmup < 1:
+      raise ValueError(
+        f"warmup is the share of the steps, from 0 to below 1: {self.warmup}"
+      )
+    self.make_tx(1)
+
+  def make_tx(
+    self, steps: int, is_frozen: Callable[[Any], bool] | None = None
+  ) -> optax.GradientTransformation:
+    """Returns the updates of a training of so many steps."""
+    return optimizer.make_optimizer(
+      name=self.optimizer,
+      schedule=optimizer.make_schedule(
+        peak=self.learning_rate,
+        steps=steps,
+        warmup_steps=int(self.warmup * steps),
+        kind=self.schedule,
+      ),
+      weight_decay=self.weight_decay,
+      clip_norm=self.clip_norm,
+      encoder_scale=self.encoder_scale,
+      is_frozen=is_frozen,
+    )
 
   def steps(self, examples: int, batch_size: int) -> int:
     """Returns how many steps the training takes."""
@@ -147,12 +176,13 @@ def train_together(
   teacher_variables: Tree = None,
   computed: Computed | None = None,
   validation_encoded: Mapping[str, np.ndarray] | None = None,
+  all_may_diverge: bool = False,
   stop: stopping.Stop = stopping.never,
 ) -> None:
   """Trains networks on the same batches and writes the best of each.
 
-  A contender that diverges before its first validation leaves a `failed.json`
-  that says why in place of weights.
+  A contender that diverges leaves the best weights it had; before its first
+  validation, a `failed.json` that says why in their place.
 
   Args:
     stage: name for logs.
@@ -168,11 +198,12 @@ def train_together(
     computed: answers of frozen networks by orientation; see
       `feed.make_batches`.
     validation_encoded: what a frozen encoder made of the validation images.
+    all_may_diverge: whether that is a result, and no error.
     stop: see `train.fit`.
 
   Raises:
     StoppedError: if `stop` says so.
-    DivergedError: if every contender diverged.
+    DivergedError: if every contender diverged, and they may not.
     CheckpointError: if the folder holds another stage's checkpoints.
   """
   steps = training.steps(len(arrays), setting.batch_size)
@@ -227,6 +258,8 @@ def train_together(
     if hosts.is_first():
       manager = stack.enter_context(checkpoint.open_checkpoints(folder))
     first_step = _resume(manager, arms, stage, steps)
+    if all_may_diverge:
+      stack.enter_context(contextlib.suppress(train.DivergedError))
     if first_step < steps:
       train.fit(
         arms,
@@ -274,7 +307,9 @@ def make_arms(
   arms: dict[str, train.Arm] = {}
   for name, contender in contenders.items():
     if contender.kind not in compiled:
-      tx = rules[contender.kind] = _make_tx(training, steps, contender.network)
+      tx = rules[contender.kind] = training.make_tx(
+        steps, getattr(contender.network, "is_frozen", None)
+      )
       compiled[contender.kind] = step_lib.parallel(
         step_lib.make_train_step(
           contender.network,
@@ -295,22 +330,6 @@ def make_arms(
       step=compiled[contender.kind],
     )
   return arms
-
-
-def _make_tx(training: Training, steps: int, network: nn.Module) -> Any:
-  return optimizer.make_optimizer(
-    name=training.optimizer,
-    schedule=optimizer.make_schedule(
-      peak=training.learning_rate,
-      steps=steps,
-      warmup_steps=int(training.warmup * steps),
-      kind=training.schedule,
-    ),
-    weight_decay=training.weight_decay,
-    clip_norm=training.clip_norm,
-    encoder_scale=training.encoder_scale,
-    is_frozen=getattr(network, "is_frozen", None),
-  )
 
 
 def make_prepare(
@@ -398,6 +417,18 @@ def teacher_deviations(
   return deviations
 
 
+def check_taps(
+  taps: Iterable[str], student: Iterable[str], teacher: Iterable[str]
+) -> None:
+  """Raises ValueError if the outputs of either lack a tap."""
+  for tap in taps:
+    for who, outputs in (("student", student), ("teacher", teacher)):
+      if tap not in outputs:
+        raise ValueError(
+          f"the {who} has no tap {tap!r}, only {', '.join(sorted(outputs))}"
+        )
+
+
 def make_distiller(
   student: nn.Module,
   taught: Mapping[str, jax.ShapeDtypeStruct],
@@ -426,12 +457,7 @@ def make_distiller(
   out = jax.eval_shape(
     lambda rng: student.init_with_output(rng, image)[0], jax.random.key(0)
   )
-  for tap in method.taps:
-    for who, outputs in (("student", out), ("teacher", taught)):
-      if tap not in outputs:
-        raise ValueError(
-          f"the {who} has no tap {tap!r}, only {', '.join(sorted(outputs))}"
-        )
+  check_taps(method.taps, out, taught)
   if not method.feature_terms:
     return None, ((), ())
   module = distiller_lib.Distiller(
@@ -488,6 +514,7 @@ def _pack(arms: Mapping[str, train.Arm]) -> tuple[Tree, dict[str, Any]]:
     extra[name] = {
       "diverged": arm.diverged,
       "best": {k: v for k, v in arm.best.items() if k != "variables"},
+      "skipped": arm.skipped,
     }
   return tree, {"arms": extra}
 
@@ -538,7 +565,7 @@ def _resume(
     state = checkpoint.unflatten(tree[name]["state"], arm.state, where)
     arm.state = step_lib.replicate(state)
     about = extra["arms"][name]
-    arm.diverged = about["diverged"]
+    arm.diverged, arm.skipped = about["diverged"], about.get("skipped", 0)
     if "best" in tree[name]:
       like = state_lib.network_variables(arm.state)
       variables = checkpoint.unflatten(tree[name]["best"], like, where)

@@ -24,6 +24,10 @@ TrainState = state_lib.TrainState
 StepFn = Callable[[TrainState, Tree], tuple[TrainState, dict[str, jax.Array]]]
 
 
+# Updates in a row that may be left out; one more and nothing is learned.
+SKIPPED_AT_MOST = 20
+
+
 class DivergedError(RuntimeError):
   """No arm is left whose loss and gradients are finite."""
 
@@ -37,12 +41,14 @@ class Arm:
     step: its mapped update.
     best: {"variables": host arrays, "score": validation, "step"}, or {}.
     diverged: why it stopped early, or "".
+    skipped: how many of its last updates were left out, in a row.
   """
 
   state: TrainState
   step: StepFn
   best: dict[str, Any] = dataclasses.field(default_factory=dict)
   diverged: str = ""
+  skipped: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +87,12 @@ def duration(seconds: float) -> str:
   return f"{seconds}s"
 
 
+def check_on_non_finite(value: str) -> None:
+  """Raises ValueError on what `fit` does not know."""
+  if value not in ("stop", "skip"):
+    raise ValueError(f'on_non_finite must be "stop" or "skip": {value!r}')
+
+
 def fit(
   arms: dict[str, Arm],
   batches: Callable[[int], Iterator[tuple[int, Tree, Mapping[str, Any]]]],
@@ -114,8 +126,8 @@ def fit(
     save_bad_batch: (arm, step, what the batch was made of).
     first_step: steps already done.
     on_non_finite: "stop" ends an arm at its first non-finite loss or
-      gradient; "skip" leaves that update out and goes on, unless a whole
-      interval of the log was skipped.
+      gradient; "skip" leaves that update out and goes on, unless
+      `SKIPPED_AT_MOST` in a row were left out.
     stop: asked after every step; where it says yes, what was done is saved.
 
   Raises:
@@ -123,10 +135,7 @@ def fit(
     DivergedError: if no arm is left.
     ValueError: on an unknown `on_non_finite`.
   """
-  if on_non_finite not in ("stop", "skip"):
-    raise ValueError(
-      f'on_non_finite must be "stop" or "skip": {on_non_finite!r}'
-    )
+  check_on_non_finite(on_non_finite)
   total = schedule.steps
   live = [name for name, arm in arms.items() if not arm.diverged]
   window: list[tuple[int, Mapping[str, Any], dict[str, Tree]]] = []
@@ -196,6 +205,12 @@ def _drop_diverged(
       for step, made_of, values in window
       if not values[name]["finite"]
     ]
+    in_a_row = arms[name].skipped
+    for _, _, values in window:
+      in_a_row = 0 if values[name]["finite"] else in_a_row + 1
+      if in_a_row >= SKIPPED_AT_MOST:
+        break
+    arms[name].skipped = in_a_row
     if not bad:
       kept.append(name)
       continue
@@ -207,7 +222,7 @@ def _drop_diverged(
       f"{', '.join(odd)} not finite at step {step}, batch of {', '.join(ids)}"
     )
     save_bad_batch(name, step, made_of)
-    if on_non_finite == "skip" and len(bad) < len(window):
+    if on_non_finite == "skip" and in_a_row < SKIPPED_AT_MOST:
       _LOG.warning(
         "%s: %s: skipped %d update(s): %s", stage, name, len(bad), why
       )
@@ -250,6 +265,8 @@ def _report(
     keys = window[0][2][name].keys()
     # A step that was left out has no part in the means, and NaN is no JSON.
     whole = [v[name] for _, _, v in window if v[name]["finite"]]
+    if not whole:
+      continue
     means[name] = {
       key: float(np.mean([values[key] for values in whole])) for key in keys
     }

@@ -34,6 +34,8 @@ PACKAGES = (
 
 # What a key has for a value that one of two configs does not have.
 ABSENT = object()
+# What may change within a run without changing its numbers.
+_FREE = ("evaluation.batch_size", "data.manual_dir", "data.data_dir")
 
 
 class WorkdirError(RuntimeError):
@@ -61,14 +63,15 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
     yield
 
 
-def adopt_config(
+def check_config(
   config: ml_collections.ConfigDict, workdir: pathlib.Path
-) -> None:
-  """Writes config.json, or checks that the one there is of the same run.
+) -> bool:
+  """Whether config.json says the same; checks that it is of the same run.
 
   Arms and methods may be added to a run, arms taken away, the primary family of
-  comparisons changed, and the size of the evaluation's batches, which memory
-  decides; nothing else may change.
+  comparisons changed, the size of the evaluation's batches, which memory
+  decides, and where the data lie, which `check_data` knows by their content;
+  nothing else may change.
 
   Raises:
     WorkdirError: that names the first key which differs.
@@ -89,12 +92,48 @@ def adopt_config(
       came_or_went = before is ABSENT or now is ABSENT
       if top in ("arms", "primary") or (whole_method and came_or_went):
         continue
-      if key == "evaluation.batch_size" and not came_or_went:
+      if key in _FREE and not came_or_went:
         continue
       raise WorkdirError(_other_config(workdir, key, before, now))
-    if old == new:
-      return
-  checkpoint.write_json(path, new)
+    return old == new
+  return False
+
+
+def adopt_config(
+  config: ml_collections.ConfigDict, workdir: pathlib.Path
+) -> None:
+  """Writes config.json, unless it says the same; see `check_config`.
+
+  Raises:
+    WorkdirError: that names the first key which differs.
+  """
+  if not check_config(config, workdir):
+    new = json.loads(config.to_json_best_effort())
+    checkpoint.write_json(workdir / "config.json", new)
+
+
+def check_data(
+  workdir: pathlib.Path, data: Mapping[str, Mapping[str, Any]]
+) -> None:
+  """Refuses images other than those that the workdir was begun with.
+
+  Args:
+    workdir: of the run.
+    data: facts about each split, as for `write_environment`.
+
+  Raises:
+    WorkdirError: that names the split.
+  """
+  before = _environment(workdir).get("data", {})
+  for split, facts in data.items():
+    known = before.get(split, {})
+    if known.get("sha256", facts["sha256"]) != facts["sha256"]:
+      raise WorkdirError(
+        f"{workdir} was begun with other {split} images "
+        f"({known.get('images')} then, {facts['images']} now): give it those, "
+        "or choose another --workdir. Another version of Pillow may read the "
+        "same file as another image, too"
+      )
 
 
 def _other_config(
@@ -103,12 +142,7 @@ def _other_config(
   """Returns what to say of a workdir whose config has another `key`."""
   made_by = _made_by(workdir)
   here = _name_version(version(), commit())
-  if before is ABSENT:
-    what, way_out = f"{key} was not there and is {now!r} now", "leave it out"
-  elif now is ABSENT:
-    what, way_out = f"{key} was {before!r} and is not there now", "put it back"
-  else:
-    what, way_out = f"{key} was {before!r} and is {now!r} now", "the old value"
+  what, way_out = say_change(key, before, now)
   whose = "holds a run of another config"
   if made_by and made_by != here:
     whose += f", made by {made_by}, and this is {here}"
@@ -118,13 +152,31 @@ def _other_config(
   return f"{workdir} {whose}: {what}; choose another --workdir, or {way_out}"
 
 
+def say_change(key: str, before: Any, now: Any) -> tuple[str, str]:
+  """Returns what to say of a key that changed, and what would undo it."""
+  if before is ABSENT:
+    return f"{key} was not there and is {now!r} now", "leave it out"
+  if now is ABSENT:
+    return f"{key} was {before!r} and is not there now", "put it back"
+  return f"{key} was {before!r} and is {now!r} now", "the old value"
+
+
 def _made_by(workdir: pathlib.Path) -> str:
   """Names the version that worked last in a workdir; "" if nothing tells."""
+  found = _environment(workdir)
   try:
-    found = json.loads((workdir / "environment.json").read_text("utf-8"))
     return _name_version(found["versions"]["kdseg"], found.get("commit", ""))
-  except (OSError, ValueError, LookupError, TypeError):
+  except (LookupError, TypeError):
     return ""
+
+
+def _environment(workdir: pathlib.Path) -> dict[str, Any]:
+  """Returns what environment.json says; {} where it says nothing."""
+  with contextlib.suppress(OSError, ValueError):
+    found = json.loads((workdir / "environment.json").read_text("utf-8"))
+    if isinstance(found, dict):
+      return found
+  return {}
 
 
 def _name_version(number: str, commit_: str) -> str:
@@ -185,16 +237,21 @@ def write_environment(
 def commit() -> str:
   """Returns the commit that runs, "-dirty" behind it if changed.
 
-  Without a repository $KDSEG_COMMIT, which the launch scripts set, or "".
+  Without a repository $KDSEG_COMMIT, which the launch scripts set, or "". A
+  repository in which the package is merely installed says nothing of it.
   """
-  command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-  with contextlib.suppress(OSError, subprocess.CalledProcessError):
-    answer = subprocess.run(
-      command,
-      cwd=pathlib.Path(__file__).parent,
+  package = pathlib.Path(__file__).resolve().parent
+
+  def git(*arguments: str) -> str:
+    return subprocess.run(
+      ["git", *arguments],
+      cwd=package,
       capture_output=True,
       text=True,
       check=True,
-    )
-    return answer.stdout.strip()
+    ).stdout.strip()
+
+  with contextlib.suppress(OSError, subprocess.CalledProcessError):
+    if pathlib.Path(git("rev-parse", "--show-toplevel")) == package.parent:
+      return git("describe", "--always", "--dirty", "--abbrev=12")
   return os.environ.get("KDSEG_COMMIT", "")

@@ -121,6 +121,22 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
   assert str(tmp_path) in caplog.text
 
 
+def test_what_was_damaged_is_put_aside_and_its_step_saved_again(tmp_path):
+  for again in range(2):
+    for step in (4, 8):
+      save(tmp_path, step, {"w": np.full(2, step)}, {"again": again})
+    _overwrite(tmp_path / "8" / "tree")
+    assert restore(tmp_path)[0] == 4
+    assert (tmp_path / "damaged-8").is_dir()
+    assert not (tmp_path / "8").exists()
+    _remove(tmp_path / "4")
+    (tmp_path / "4").rename(tmp_path / f"old-{again}")
+  save(tmp_path, 8, {"w": np.full(2, 8)})
+  step, tree, _ = restore(tmp_path)
+  assert step == 8
+  np.testing.assert_array_equal(tree["w"], [8, 8])
+
+
 def test_if_all_are_damaged_the_error_says_what_to_delete(tmp_path):
   for step in (4, 8):
     save(tmp_path, step, {"w": np.full(2, step)})

@@ -31,6 +31,7 @@ from kdseg import memory
 from kdseg import own as own_lib
 from kdseg import stopping
 from kdseg import workdir as workdir_lib
+from kdseg.data import archives
 from kdseg.report import scores as scores_lib
 
 
@@ -659,11 +660,83 @@ def test_arms_that_are_added_are_trained_alone(finished, folder, data_dir):
 
 def test_a_group_that_lost_an_arm_half_way_says_which(folder):
   steps = folder / "groups" / "checkpoints" / "arms"
-  (steps / "000").mkdir(parents=True)
-  checkpoint.write_json(steps / "000" / "group.json", ["a-seed0", "b-seed0"])
+  (steps / "001").mkdir(parents=True)
+  path = steps / "001" / "group.json"
+  checkpoint.write_json(path, {"a-seed0": {}, "b-seed0": {}})
+  config = make_config(folder)
   plan = experiment.Plan("a", "a", "none", 0)
   with pytest.raises(workdir_lib.WorkdirError, match=r"no more \(b-seed0\)"):
-    experiment._next_group([plan], folder / "groups")
+    experiment._next_group(config, [plan], folder / "groups")
+  # What is begun anew takes the place of no other.
+  checkpoint.write_json(path, {"b-seed0": {}})
+  begun = experiment._next_group(config, [plan], folder / "groups")
+  assert begun == (["a-seed0"], "002")
+
+
+def test_a_method_put_back_with_another_weight_is_refused(
+  finished, data_dir, tmp_path
+):
+  workdir = copy(finished, tmp_path / "put_back", "arms", "config.json")
+  without = make_config(data_dir)
+  del without.methods["mbf"]
+  without.arms.patch_unet.methods = ("none", "boom")
+  workdir_lib.adopt_config(without, workdir)
+  config = make_config(data_dir)
+  config.methods.mbf.terms.mbf = 10.0
+  with pytest.raises(workdir_lib.WorkdirError) as error:
+    experiment.run(config, workdir)
+  assert (
+    "holds patch_unet-mbf-seed0 of another method of that name: "
+    "methods.mbf.terms.mbf was 1.0 and is 10.0 now"
+  ) in str(error.value)
+
+
+def test_a_method_changed_within_its_training_is_refused(data_dir, tmp_path):
+  path = tmp_path / "checkpoints" / "arms" / "000" / "group.json"
+  path.parent.mkdir(parents=True)
+  checkpoint.write_json(path, {"patch_unet-boom-seed0": {"terms": {"kd": 1.0}}})
+  with pytest.raises(workdir_lib.WorkdirError, match=r"boom\.terms\.kd"):
+    experiment.run(make_config(data_dir), tmp_path)
+
+
+def test_a_slip_in_the_first_command_costs_nothing(data_dir, tmp_path):
+  config = make_config(data_dir)
+  config.data.name = "folder"
+  config.data.manual_dir = str(tmp_path / "nowhere")
+  with pytest.raises(archives.DataError, match="nowhere"):
+    experiment.run(config, tmp_path / "run")
+  assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock"}
+
+
+def test_other_images_in_the_same_workdir_are_refused(finished, tmp_path):
+  workdir = copy(finished, tmp_path / "run", "config.json", "environment.json")
+  environment = json.loads((workdir / "environment.json").read_text())
+  environment["data"]["synthetic_test"]["sha256"] = "0" * 64
+  checkpoint.write_json(workdir / "environment.json", environment)
+  with pytest.raises(
+    workdir_lib.WorkdirError, match="begun with other synthetic_test images"
+  ):
+    experiment.run(finished.config, workdir)
+
+
+def test_a_report_goes_without_predictions_that_were_deleted(
+  finished, tmp_path, caplog
+):
+  workdir = copy(
+    finished,
+    tmp_path / "run",
+    *("config.json", "scores.csv", "arms", "teachers", "predictions"),
+  )
+  shutil.rmtree(workdir / "predictions" / "patch_unet-mbf-seed0")
+  experiment.run(finished.config, workdir)
+  assert "overlays.png goes without" in caplog.text
+  assert (workdir / "overlays.png").exists()
+  shutil.rmtree(workdir / "predictions")
+  (workdir / ".reported").unlink()
+  (workdir / "overlays.png").unlink()
+  experiment.run(finished.config, workdir)
+  assert "patch_unet-mbf" in (workdir / "table.md").read_text()
+  assert not (workdir / "overlays.png").exists()
 
 
 # -------------------------------------------------- several teachers, computed
@@ -914,6 +987,36 @@ def options(**changes):
       '"lr"',
     ),
     ({"augment": {"rotation": 3.0}}, 'did you mean "rotate"'),
+    ({"segmentation": {"bcee": 1.0}}, "bcee"),
+    (
+      {"arms": {"patch_unet": {"methods": ("none",), "seeds": (0, 1, 0)}}},
+      "arms.patch_unet.seeds has 0 twice",
+    ),
+    (
+      {"arms": {"patch_unet": {"methods": ("none", "none"), "seeds": (0,)}}},
+      "arms.patch_unet.methods has 'none' twice",
+    ),
+    (
+      {"arms": {"my-net": {"methods": ("none",), "seeds": (0,)}}},
+      'arms.my-net: the name of a student has no "-"',
+    ),
+    (
+      {"arms": {"teacher_x": {"methods": ("none",), "seeds": (0,)}}},
+      'does not begin with "teacher"',
+    ),
+    *(
+      (
+        {"training": {"epochs": 1.0, "learning_rate": 1e-2, **wrong}},
+        message,
+      )
+      for wrong, message in (
+        ({"optimizer": "adam"}, "optimizer must be one of"),
+        ({"schedule": "cosin"}, "schedule must be one of"),
+        ({"on_non_finite": "ignore"}, "'ignore'"),
+        ({"warmup": 1.0}, "warmup is the share"),
+        ({"epochs": 0.0}, "training.epochs is 0.0"),
+      )
+    ),
   ],
 )
 def test_a_name_that_does_not_exist_stops_before_anything_is_made(
@@ -954,13 +1057,27 @@ def test_a_config_of_another_version_is_refused_by_its_key(data_dir, tmp_path):
     ("size", 40, "divisible by 32, not 40"),
     ("name", "isic", 'data set "isic".*isic2016'),
     ("tests", ("synthetic", "ph"), 'data set "ph"'),
+    ("tests", (), "data.tests names nothing"),
   ],
 )
 def test_data_that_do_not_exist_are_refused(tmp_path, key, value, message):
   config = make_config(tmp_path)
   config.data[key] = value
   with pytest.raises(ValueError, match=message):
-    experiment.load_data(config)
+    experiment.run(config, tmp_path / "new")
+  assert not (tmp_path / "new").exists()
+
+
+def test_a_tap_that_a_network_lacks_is_named_before_anything_is_trained(
+  data_dir, tmp_path
+):
+  config = make_config(data_dir)
+  config.methods.mbf.taps = ("lwo",)
+  with pytest.raises(
+    experiment.ConfigError,
+    match=r"method \"mbf\" of arms\.patch_unet: the student has no tap 'lwo'",
+  ):
+    experiment.run(config, tmp_path / "new")
 
 
 def test_a_method_that_needs_a_teacher_says_so(finished, data_dir):

@@ -283,12 +283,22 @@ def test_one_that_diverges_says_why_and_saves_its_batch(tmp_path):
         )
       },
     )
+  assert not (tmp_path / "sick").exists()
   [path] = (tmp_path / "steps").glob("non_finite-sick-step0.npz")
   with np.load(path) as saved:
     assert saved["image"].shape == (8, tiny.SIDE, tiny.SIDE, 3)
     assert saved["image"].dtype == np.uint8
     assert saved["mask"].shape == (8, tiny.SIDE, tiny.SIDE)
     assert all(str(name).startswith("train") for name in saved["ids"])
+
+
+def test_that_all_diverged_may_be_a_result(tmp_path):
+  sick = contender(
+    tmp_path / "sick", network=Poisoned(2, axis_name=step_lib.AXIS)
+  )
+  train_together(tmp_path, {"sick": sick}, all_may_diverge=True)
+  about = json.loads((tmp_path / "sick" / "failed.json").read_text())
+  assert "not finite at step 0" in about["diverged"]
 
 
 # ---------------------------------------------------------------- checkpoints

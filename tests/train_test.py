@@ -266,11 +266,31 @@ def test_a_skipped_step_has_no_part_in_the_means_that_are_logged():
     )
 
 
-def test_skipping_ends_when_a_whole_interval_was_skipped():
-  arm, seen = make_arm(bad_steps=(2, 3))
+@pytest.mark.parametrize("log_every", [0, 1, 3, 7])
+def test_skipping_ends_after_so_many_in_a_row_wherever_they_fall(log_every):
+  most = train.SKIPPED_AT_MOST
+  # A whole row but one, a sound step, and a whole row.
+  bad = [*range(1, most), *range(most + 1, 2 * most + 1)]
+  arm, seen = make_arm(bad_steps=bad)
+  course = Course({"x": arm})
   with pytest.raises(train.DivergedError):
-    Course({"x": arm}).run(6, save_every=0, on_non_finite="skip")
-  assert len(seen) == 4
+    course.run(
+      3 * most, every=5, log_every=log_every, save_every=0, on_non_finite="skip"
+    )
+  assert 2 * most + 1 <= len(seen) <= 2 * most + 7
+  assert arm.diverged
+  for record in course.records:
+    assert all(not isinstance(v, float) or v == v for v in record.values())
+
+
+def test_a_row_of_skipped_steps_is_counted_over_a_stop():
+  arm, seen = make_arm(bad_steps=range(3, 30))
+  arm.skipped = train.SKIPPED_AT_MOST - 2
+  with pytest.raises(train.DivergedError):
+    Course({"x": arm}).run(
+      9, save_every=0, log_every=1, first_step=3, on_non_finite="skip"
+    )
+  assert len(seen) == 2
 
 
 def test_an_unknown_way_to_treat_nans_is_refused_before_a_step():

@@ -103,6 +103,28 @@ def test_arms_and_methods_may_be_added(tmp_path):
   assert written["arms"]["patch_unet"]["seeds"] == [0, 1, 2]
 
 
+def test_the_data_may_lie_elsewhere_if_they_are_the_same(tmp_path):
+  config = make_config()
+  config.data = {"manual_dir": "here", "data_dir": "", "size": 32}
+  workdir_lib.adopt_config(config, tmp_path)
+  assert workdir_lib.check_config(config, tmp_path)
+  facts = {"train": {"images": 3, "sha256": "abc"}}
+  workdir_lib.check_data(tmp_path, facts)
+  workdir_lib.write_environment(tmp_path, facts)
+
+  config.data.manual_dir = "there"
+  assert not workdir_lib.check_config(config, tmp_path)
+  workdir_lib.adopt_config(config, tmp_path)
+  assert workdir_lib.check_config(config, tmp_path)
+  workdir_lib.check_data(tmp_path, facts)
+  facts = {"train": {"images": 2, "sha256": "abd"}}
+  with pytest.raises(
+    workdir_lib.WorkdirError,
+    match=r"begun with other train images \(3 then, 2 now\)",
+  ):
+    workdir_lib.check_data(tmp_path, facts)
+
+
 def made_by(tmp_path, number, commit=""):
   about = {"versions": {"kdseg": number}, "commit": commit}
   (tmp_path / "environment.json").write_text(json.dumps(about))
@@ -216,6 +238,29 @@ def test_the_commit_is_the_packages_own(monkeypatch, tmp_path):
   here = workdir_lib.commit()
   monkeypatch.chdir(tmp_path)
   assert workdir_lib.commit() == here
+
+
+def test_a_repository_that_the_package_is_installed_in_has_no_say(
+  monkeypatch, tmp_path
+):
+  package = tmp_path / "lib" / "site-packages" / "kdseg"
+  package.mkdir(parents=True)
+  for arguments in (
+    ["init", "-q"],
+    ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "x",
+     "--allow-empty"],
+  ):  # fmt: skip
+    subprocess.run(["git", *arguments], cwd=tmp_path, check=True)
+  monkeypatch.setattr(workdir_lib, "__file__", str(package / "workdir.py"))
+  monkeypatch.setenv("KDSEG_COMMIT", "0123456789ab")
+  assert workdir_lib.commit() == "0123456789ab"
+  # The same repository, of which it is a part.
+  (tmp_path / "kdseg").mkdir()
+  monkeypatch.setattr(
+    workdir_lib, "__file__", str(tmp_path / "kdseg" / "workdir.py")
+  )
+  assert len(workdir_lib.commit()) == 12
+  assert workdir_lib.commit() != "0123456789ab"
 
 
 @pytest.mark.parametrize("said", ["", "0123456789ab"])
