@@ -181,6 +181,21 @@ class Method:
       raise ValueError("heads and granularity start at 1, radius at 0")
     if self.maskd_tokens < 1 or self.dist_inter_weight < 0:
       raise ValueError("maskd_tokens start at 1, dist_inter_weight at 0")
+    if not self.kd_temperature > 0 or not self.cwd_temperature > 0:
+      raise ValueError("kd_temperature and cwd_temperature are above 0")
+    if self.generator_width < 0 or not 0 <= self.warmup <= 1:
+      raise ValueError(
+        "generator_width starts at 0, warmup is a share in [0, 1]"
+      )
+    if self.calibration_steps < 1:
+      raise ValueError(
+        'calibration_steps start at 1; balance="fixed" takes terms as they are'
+      )
+    if self.topology == "multiscale" and "m2bf" not in self.terms:
+      raise ValueError("the topology multiscale is one of m2bf's heads")
+    compared = [t for t in self.terms if t in FEATURE_TERMS + RELATION_TERMS]
+    if compared and not self.taps:
+      raise ValueError(f"{compared[0]} compares features: name some taps")
 
   @property
   def feature_terms(self) -> tuple[str, ...]:

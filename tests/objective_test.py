@@ -126,6 +126,14 @@ def test_lists_of_a_config_become_tuples():
     ({"segmentation": {"jaccard": 1.0}}, r"bce.*dice.*not \['jaccard'\]"),
     ({"granularity": 0}, "start at 1"),
     ({"radius": -1.0}, "radius at 0"),
+    ({"kd_temperature": 0.0}, "above 0"),
+    ({"cwd_temperature": -1.0}, "above 0"),
+    ({"generator_width": -3}, "starts at 0"),
+    ({"warmup": -1.0}, "a share in"),
+    ({"calibration_steps": 0}, "calibration_steps start at 1"),
+    ({"terms": {"mbf": 1.0}, "topology": "multiscale"}, "one of m2bf"),
+    ({"terms": {"mgd": 1.0}, "taps": ()}, "mgd compares features"),
+    ({"terms": {"at": 1.0}, "taps": ()}, "at compares features"),
   ],
 )
 def test_a_value_that_means_nothing_is_refused(switches, message):

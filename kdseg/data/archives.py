@@ -135,8 +135,8 @@ def stamp(files: Iterable[File]) -> str:
   """A short hash of the names and sizes of files, in any order.
 
   Equal for an archive and the folder it unpacks to; cheap, as nothing is read.
-  A file replaced by another one of the same name and length goes unnoticed;
-  the hash over the decoded arrays (`pipeline.fingerprint`) notices it.
+  Made for releases, whose names say what is in the files: one that is replaced
+  by another of the same name and length goes unnoticed once it was prepared.
   """
   digest = hashlib.sha256()
   for line in sorted(f"{file.name}\t{file.size}\n" for file in files):
@@ -162,7 +162,15 @@ def _is_ignored(path: str) -> bool:
 
 def _list_folder(root: pathlib.Path) -> list[File]:
   files = []
-  for directory, _, names in os.walk(root, onerror=_raise_unlisted):
+  for directory, folders, names in os.walk(root, onerror=_raise_unlisted):
+    for name in folders:
+      path = pathlib.Path(directory, name)
+      inside = path.relative_to(root) / "file"
+      if path.is_symlink() and not _is_ignored(inside.as_posix()):
+        raise DataError(
+          f"{shown(path)} is a link to a folder, which is not followed; put "
+          "the folder itself in its place."
+        )
     for name in names:
       path = pathlib.Path(directory, name)
       relative = path.relative_to(root).as_posix()

@@ -86,6 +86,10 @@ class PairBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """
     raise NotImplementedError
 
+  def describe_splits(self) -> str:
+    """What to say to a reader who misses a split; "" for a release."""
+    return ""
+
   def options(self) -> dict[str, str]:
     """Options that change the records, with the values that differ from usual.
 

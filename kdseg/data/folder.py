@@ -9,6 +9,7 @@ An image and its mask share the stem of their names (a mask may also end in
 are divided by a hash of the stem: 10 % test, 10 % validation, the rest train.
 """
 
+from collections.abc import Iterable
 import hashlib
 import pathlib
 import re
@@ -27,6 +28,11 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
 
 MAX_NAME_BYTES = 255  # of most file systems
 
+_HOW_SPLIT = (
+  "Pairs in images/ and masks/ are divided by a hash of their names, which may "
+  "leave a split without any: divide them yourself, as train/, validation/ and "
+  "test/ with those inside."
+)
 _MASK_ENDING = re.compile(r"_(?:mask|segmentation|lesion)$", re.IGNORECASE)
 
 
@@ -60,6 +66,10 @@ class Folder(builder.PairBuilder):
     stem = re.sub(r"[^A-Za-z0-9]+", "_", directory.name).strip("_") or "root"
     return {stem: take_inventory(directory).stamp, **super().options()}
 
+  def describe_splits(self) -> str:
+    """See base class."""
+    return f" {_HOW_SPLIT}"
+
   def inventory(
     self,
     manual_dir: pathlib.Path | None,
@@ -87,12 +97,16 @@ def take_inventory(directory: pathlib.Path) -> Inventory:
   Raises:
     DataError: if the folder has no such sub-folders.
   """
+  notes = []
   if (directory / "images").is_dir():
     matched, problems, files = _match(directory)
+    files = [("", file) for file in files]
     splits = {
       name: tuple(p for p in matched if split_of(p.id) == name)
       for name in SPLITS
     }
+    if missing := [name for name in SPLITS if not splits[name]]:
+      notes.append(f"no pair is for {' or '.join(missing)}. {_HOW_SPLIT}")
   else:
     present = [name for name in SPLITS if (directory / name).is_dir()]
     if not present:
@@ -106,7 +120,7 @@ def take_inventory(directory: pathlib.Path) -> Inventory:
       matched, its_problems, its_files = _match(directory / name)
       splits[name] = tuple(matched)
       problems += its_problems
-      files += its_files
+      files += [(name, file) for file in its_files]
     problems += _shared_ids(directory, splits)
   problems += _unfit_for_files(directory, splits)
   counts = {name: len(found) for name, found in splits.items() if found}
@@ -115,8 +129,26 @@ def take_inventory(directory: pathlib.Path) -> Inventory:
     official=counts,
     found=counts,
     problems=tuple(problems),
-    stamp=archives.stamp(files),
+    notes=tuple(notes),
+    stamp=_stamp(files),
   )
+
+
+def _stamp(files: Iterable[tuple[str, File]]) -> str:
+  """A short hash of where files lie, their sizes and when they were written.
+
+  Unlike a release, a folder is worked on: a pair goes to another split, a mask
+  is drawn anew.
+  """
+  digest = hashlib.sha256()
+  lines = []
+  for split, file in files:
+    written = pathlib.Path(file.source, file.path).stat().st_mtime_ns
+    kind = pathlib.Path(file.source).name
+    lines.append(f"{split}/{kind}/{file.path}\t{file.size}\t{written}\n")
+  for line in sorted(lines):
+    digest.update(line.encode())
+  return digest.hexdigest()[:16]
 
 
 def split_of(id_: str) -> str:
@@ -149,7 +181,7 @@ def _match(
         strangers.append(file.path)
         continue
       stem = file.path.rsplit(".", 1)[0]
-      if kind == "masks":
+      if kind == "masks" and stem not in found["images"]:
         stem = _MASK_ENDING.sub("", stem)
       if stem in found[kind]:
         problems.append(
@@ -176,7 +208,7 @@ def _match(
       " or remove the mask."
     )
   matched = [
-    Pair(stem, images[stem], masks[stem])
+    Pair(stem, images[stem], masks[stem], upright=True)
     for stem in sorted(images.keys() & masks.keys())
   ]
   return matched, problems, listed

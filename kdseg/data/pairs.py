@@ -27,6 +27,7 @@ GREY_MASKS = ("error", "threshold")
 
 # The filters of warnings belong to all threads.
 _FILTERS = threading.Lock()
+_ORIENTATION = 0x0112  # of EXIF; 1, and the 0 of careless writers, is upright
 _FORMATS = ("JPEG", "PNG", "BMP", "TIFF")
 _MASK_MODES = frozenset({"1", "L", "P", "RGB", "RGBA", "LA"})
 IMAGE_MODES = frozenset({"RGB", "L", "P", "RGBA", "LA", "CMYK", "YCbCr"})
@@ -41,12 +42,15 @@ class Pair:
     image: the image's file.
     mask: the mask's file.
     diagnosis: in the data set's own words; empty if not known.
+    upright: whether an image that EXIF turns is refused: its mask may be drawn
+      on either. The masks of the releases are drawn on the pixels as stored.
   """
 
   id: str
   image: archives.File
   mask: archives.File
   diagnosis: str = ""
+  upright: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,14 +179,32 @@ def mask_values(content: bytes, where: str) -> np.ndarray:
     raise DataError(
       f"{where} has pixels of kind {image.mode!r}; a mask has 1, 8 or 24 bits."
     )
+  if _has_16_bits(content):
+    raise DataError(
+      f"{where} has 16 bits a channel; a mask has 1, 8 or 24 bits."
+    )
   if image.mode in ("1", "L"):
     return np.array(image.convert("L"))
+  if image.has_transparency_data:
+    alpha = np.array(image.convert("RGBA"))[..., 3]
+    if (alpha != 255).any():
+      raise DataError(
+        f"{where} is partly transparent; a mask is black and white. Flatten it "
+        "onto black, with the lesion white."
+      )
   channels = np.array(image.convert("RGB"))
   if (channels != channels[..., :1]).any():
     raise DataError(
       f"{where} has colours; a mask is black and white. Is it the image?"
     )
   return channels[..., 0]
+
+
+def _has_16_bits(content: bytes) -> bool:
+  # Pillow reads a colour picture of 16 bits as one of 8, by their upper half.
+  with _open_header(content) as header:
+    kinds = [t[3] if isinstance(t[3], str) else t[3][0] for t in header.tile]
+  return any(";16" in str(kind) for kind in kinds)
 
 
 def decode_pair(
@@ -193,10 +215,29 @@ def decode_pair(
   Raises:
     DataError: as `decode_image` and `decode_mask`, or if the sizes differ.
   """
-  image = decode_image(pair.image.read(), pair.image.where)
+  image = decode_pairs_image(pair)
   mask = decode_mask(pair.mask.read(), pair.mask.where, grey_masks=grey_masks)
   check_sizes(pair, image, mask)
   return image, mask
+
+
+def decode_pairs_image(pair: Pair) -> np.ndarray:
+  """Decodes the image of a pair: uint8 [h, w, 3].
+
+  Raises:
+    DataError: as `decode_image`, or if it is turned and must not be.
+  """
+  content = pair.image.read()
+  image = decode_image(content, pair.image.where)
+  if pair.upright:
+    turn = open_image(content, pair.image.where).getexif().get(_ORIENTATION, 1)
+    if turn not in (0, 1):
+      raise DataError(
+        f"{pair.image.where} is stored turned (EXIF orientation {turn}), and "
+        "its mask may be drawn on the pixels as stored or as shown. Turn the "
+        "pixels until they lie like the mask, and remove the tag."
+      )
+  return image
 
 
 def check_sizes(pair: Pair, image: np.ndarray, mask: np.ndarray) -> None:

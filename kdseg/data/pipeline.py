@@ -140,7 +140,7 @@ def load(
   if split not in builder.info.splits:
     raise DataError(
       f"{name} has no split {split!r}, only"
-      f" {', '.join(sorted(builder.info.splits))}."
+      f" {', '.join(sorted(builder.info.splits))}.{builder.describe_splits()}"
     )
   count = builder.info.splits[split].num_examples
   ids = [""] * count

@@ -181,7 +181,7 @@ def inspect(
   ):
     label = f"{split}/{pair.id}"
     try:
-      image = pairs.decode_image(pair.image.read(), pair.image.where)
+      image = pairs.decode_pairs_image(pair)
     except DataError as error:
       problems.append(str(error))
       continue

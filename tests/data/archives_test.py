@@ -22,6 +22,18 @@ def test_a_zip_and_the_folder_it_unpacks_to_are_the_same(tmp_path):
   assert archives.stamp(packed) == archives.stamp(unpacked)
 
 
+def test_a_link_to_a_folder_is_named_and_not_passed_over(tmp_path):
+  (tmp_path / "elsewhere").mkdir()
+  (tmp_path / "set").mkdir()
+  (tmp_path / "set" / "site").symlink_to(tmp_path / "elsewhere")
+  with pytest.raises(archives.DataError, match="site is a link to a folder"):
+    archives.list_files(tmp_path / "set")
+  # The folder itself may be one; so may what is left out.
+  (tmp_path / "set" / "site").rename(tmp_path / "set" / ".site")
+  (tmp_path / "link").symlink_to(tmp_path / "set")
+  assert archives.list_files(tmp_path / "link") == ()
+
+
 def test_stamp_changes_with_a_name_and_with_a_size(tmp_path):
   whole = archives.list_files(tiny.write_folder(tmp_path / "a", FILES))
   longer = archives.list_files(

@@ -1,3 +1,5 @@
+import io
+
 import numpy as np
 from PIL import Image
 import pytest
@@ -86,6 +88,68 @@ def test_a_changed_folder_is_prepared_anew(tmp_path, make_folder):
   make_folder(own, NAMES)
   after = pipeline.load("folder", "train", **kwargs)
   assert len(before) < len(after)
+
+
+def test_a_pair_in_another_split_and_a_mask_drawn_anew_are_noticed(
+  tmp_path, make_folder
+):
+  def load(split):
+    return pipeline.load(
+      "folder", split, size=32, data_dir=tmp_path / "data",
+      manual_dir=tmp_path / "own",
+    )  # fmt: skip
+
+  make_folder(tmp_path / "own" / "train", ["a", "b"])
+  make_folder(tmp_path / "own" / "test", ["c"])
+  assert load("train").ids == ("a", "b")
+  for kind in ("images", "masks"):
+    [path] = (tmp_path / "own" / "train" / kind).glob("b*")
+    path.rename(tmp_path / "own" / "test" / kind / path.name)
+  assert load("train").ids == ("a",)
+  assert load("test").ids == ("b", "c")
+
+  [path] = (tmp_path / "own" / "train" / "masks").glob("a*")
+  before = path.read_bytes()
+  bitmap = path.with_suffix(".bmp")
+  path.unlink()
+  size = Image.open(io.BytesIO(before)).size
+  for value in (0, 255):
+    Image.new("L", size, value).save(bitmap)
+    assert load("train").mask.min() == load("train").mask.max() == value // 255
+
+
+def test_a_name_may_end_as_those_of_masks_do(tmp_path, make_folder):
+  make_folder(tmp_path, ["p1_lesion", "p1_mask", "p1"])
+  found = folder.take_inventory(tmp_path)
+  found.check()
+  ids = [pair.id for split in found.splits.values() for pair in split]
+  assert sorted(ids) == ["p1", "p1_lesion", "p1_mask"]
+
+
+def test_a_split_that_the_hash_left_empty_is_said(tmp_path, make_folder):
+  names = [n for n in NAMES if folder.split_of(n) == "train"][:3]
+  found = folder.take_inventory(make_folder(tmp_path / "own", names))
+  [note] = found.notes
+  assert note.startswith("no pair is for validation or test.")
+  with pytest.raises(DataError, match="divide them yourself, as train/"):
+    pipeline.load(
+      "folder", "validation", size=32, data_dir=tmp_path / "data",
+      manual_dir=tmp_path / "own",
+    )  # fmt: skip
+
+
+def test_an_image_that_exif_turns_is_refused(tmp_path, make_folder):
+  make_folder(tmp_path / "own", NAMES)
+  [path] = (tmp_path / "own" / "images").glob("lesion_7.*")
+  with Image.open(path) as image:
+    exif = image.getexif()
+    exif[0x0112] = 3
+    image.save(path, exif=exif)
+  with pytest.raises(DataError, match=r"lesion_7\.\w+ is stored turned"):
+    pipeline.load(
+      "folder", "train", size=32, data_dir=tmp_path / "data",
+      manual_dir=tmp_path / "own",
+    )  # fmt: skip
 
 
 def test_it_is_a_tfds_builder(tmp_path, make_folder):

@@ -70,6 +70,41 @@ def test_a_16_bit_mask_is_refused():
     pairs.decode_mask(content, "here")
 
 
+def encode(image):
+  buffer = io.BytesIO()
+  image.save(buffer, "PNG")
+  return buffer.getvalue()
+
+
+def test_a_transparent_mask_is_refused_and_an_opaque_one_read():
+  alpha = Image.new("L", (4, 4), 255)
+  lesion = Image.fromarray(np.eye(4, dtype=np.uint8) * 255)
+  for mode, channels in (("RGBA", [lesion] * 3), ("LA", [lesion])):
+    opaque = encode(Image.merge(mode, [*channels, alpha]))
+    np.testing.assert_array_equal(pairs.decode_mask(opaque, "m"), np.eye(4))
+    clear = encode(Image.merge(mode, [*channels, lesion]))
+    with pytest.raises(DataError, match="m is partly transparent"):
+      pairs.decode_mask(clear, "m")
+  palette = lesion.convert("P")
+  palette.info["transparency"] = 0
+  with pytest.raises(DataError, match="m is partly transparent"):
+    pairs.decode_mask(encode(palette), "m")
+
+
+def test_a_colour_mask_of_16_bits_is_refused():
+  # Pillow writes none: 1 x 1 pixel, 0 255 0 255 0 255.
+  def chunk(kind, content):
+    checked = kind + content
+    size = len(content).to_bytes(4, "big")
+    return size + checked + zlib.crc32(checked).to_bytes(4, "big")
+
+  header = chunk(b"IHDR", bytes([0, 0, 0, 1, 0, 0, 0, 1, 16, 2, 0, 0, 0]))
+  pixels = chunk(b"IDAT", zlib.compress(bytes([0] + [0, 255] * 3)))
+  content = b"\x89PNG\r\n\x1a\n" + header + pixels + chunk(b"IEND", b"")
+  with pytest.raises(DataError, match="m has 16 bits a channel"):
+    pairs.decode_mask(content, "m")
+
+
 def test_an_unknown_rule_for_grey_masks_is_refused():
   with pytest.raises(ValueError, match="grey_masks is 'maybe'"):
     pairs.decode_mask(_grey(0), "here", grey_masks="maybe")
