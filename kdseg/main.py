@@ -29,6 +29,11 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Where everything goes that the experiment makes."
 )
+flags.register_validator(
+  "workdir",
+  lambda workdir: workdir != "",
+  message="it is empty: name a folder",
+)
 _PLAN = flags.DEFINE_bool(
   "plan", False, "Measure what is left to do, print it, and do nothing of it."
 )

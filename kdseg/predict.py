@@ -14,12 +14,14 @@ then 130. Research software, not a medical device.
 import argparse
 from collections.abc import Iterator
 from collections.abc import Sequence
+import contextlib
 import csv
 import io
 import os
 import pathlib
 import sys
 import time
+from typing import TextIO
 
 import numpy as np
 from PIL import Image
@@ -43,7 +45,13 @@ COLUMNS = (
   "milliseconds",
   "error",
 )
+# In a folder of results: what it holds may be replaced.
+_MARK = ".kdseg-predictions"
 _OVERLAY_SIDE = 1024  # pixels, the longer side at most
+
+
+class PlaceError(RuntimeError):
+  """Results would take the place of somebody's files."""
 
 
 def confidence(probability: np.ndarray, mask: np.ndarray) -> float:
@@ -78,6 +86,33 @@ def name_outputs(paths: Sequence[pathlib.Path]) -> list[str]:
   return names
 
 
+def _check_place(
+  out: pathlib.Path, paths: Sequence[pathlib.Path], names: Sequence[str]
+) -> None:
+  """Refuses to replace images that are read, and files of somebody else's.
+
+  Raises:
+    PlaceError: that names one.
+  """
+  ours = (out / _MARK).exists()
+  if not ours:
+    # What an earlier version of this command left has no mark.
+    with (
+      contextlib.suppress(OSError, UnicodeDecodeError),
+      open(out / "predictions.csv", encoding="utf-8") as file,
+    ):
+      ours = file.readline().strip() == ",".join(COLUMNS)
+  inputs = {path.resolve() for path in paths}
+  for folder in ("masks", "overlays"):
+    for name in names:
+      target = out / folder / name
+      if target.resolve() in inputs or (target.exists() and not ours):
+        raise PlaceError(
+          f"{target} is there already, and no result of this command; name "
+          "another folder as --out"
+        )
+
+
 def predict(
   model: segmenter.Segmenter,
   paths: Sequence[pathlib.Path],
@@ -94,12 +129,16 @@ def predict(
     threshold: lesion where the probability is above.
 
   Raises:
+    PlaceError: if a file is in the way that is none of this command's.
     WriteError: if the disk is full or may not be written to.
   """
+  names = name_outputs(paths)
+  _check_place(out, paths, names)
   with disk.writing(out):
     for folder in ("masks", "overlays"):
       (out / folder).mkdir(parents=True, exist_ok=True)
-  for path, name in zip(paths, name_outputs(paths)):
+    (out / _MARK).touch()
+  for path, name in zip(paths, names):
     row: dict[str, object] = dict.fromkeys(COLUMNS, "")
     row["file"] = str(path)
     try:
@@ -131,6 +170,14 @@ def predict(
       "confidence": f"{confidence(probability, mask):.4f}",
       "milliseconds": f"{milliseconds:.1f}",
     }
+
+
+def _say(text: str, stream: TextIO) -> None:
+  """Prints; goes on in silence once nobody listens, as behind `| head`."""
+  try:
+    print(text, file=stream, flush=True)
+  except BrokenPipeError:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -184,24 +231,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
           done += 1
           if row["error"]:
             failed += 1
-            print(archives.shown(f"kdseg: {row['error']}"), file=sys.stderr)
+            _say(archives.shown(f"kdseg: {row['error']}"), sys.stderr)
           else:
-            print(
+            _say(
               archives.shown(
                 f"{row['file']}: lesion on {float(row['area_share']):.1%} of "
                 f"the image, confidence {row['confidence']}"
-              )
+              ),
+              sys.stdout,
             )
       except KeyboardInterrupt:
         # The rows of what was segmented are not lost.
         stopped = True
-  except disk.WriteError as error:
+  except (PlaceError, disk.WriteError) as error:
     print(f"kdseg: {error}", file=sys.stderr)
     return 2
   except OSError as error:
     print(f"kdseg: {out} cannot be written: {error}", file=sys.stderr)
     return 2
-  print(f"{done - failed} of {len(paths)} segmented; see {out}")
+  _say(f"{done - failed} of {len(paths)} segmented; see {out}", sys.stdout)
   if stopped:
     print("kdseg: stopped by Ctrl-C", file=sys.stderr)
     return 130

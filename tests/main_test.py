@@ -148,6 +148,12 @@ def command(*arguments):
   )
 
 
+def test_no_workdir_is_not_the_folder_one_is_in():
+  done = command(CONFIG, "--workdir=")
+  assert done.returncode == 1
+  assert "--workdir=: it is empty: name a folder" in done.stderr
+
+
 def test_a_misspelt_key_stops_with_a_suggestion(tmp_path):
   done = command(
     CONFIG, f"--workdir={tmp_path}/x", "--config.training.learning_rat=0.1"

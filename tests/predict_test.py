@@ -1,6 +1,8 @@
 import csv
 import os
 import pathlib
+import subprocess
+import sys
 
 import numpy as np
 from PIL import Image
@@ -172,6 +174,58 @@ def test_a_mask_of_an_earlier_run_does_not_pass_for_this_ones(
   (images / "a.png").write_bytes(b"damaged")
   run(model, images / "a.png", out=tmp_path / "out")
   assert not list((tmp_path / "out").glob("*/a.png"))
+
+
+def test_files_of_somebody_else_are_neither_replaced_nor_deleted(
+  model, images, tmp_path, capsys
+):
+  (tmp_path / "masks").mkdir()
+  (tmp_path / "masks" / "a.png").write_bytes(b"drawn by hand")
+  assert run(model, images / "a.png", out=tmp_path) == (2, [])
+  (images / "a.png").write_bytes(b"damaged")
+  assert run(model, images / "a.png", out=tmp_path) == (2, [])
+  assert (tmp_path / "masks" / "a.png").read_bytes() == b"drawn by hand"
+  assert "a.png is there already" in capsys.readouterr().err
+  # Others beside them are in nobody's way.
+  assert run(model, images / "more", out=tmp_path / "other")[0] == 0
+
+
+def test_what_is_read_is_not_replaced_even_among_results(
+  model, images, tmp_path, capsys
+):
+  out = tmp_path / "out"
+  run(model, images / "a.png", out=out)
+  before = (out / "masks" / "a.png").read_bytes()
+  assert predict.main([str(model), str(out / "masks"), "--out", str(out)]) == 2
+  assert (out / "masks" / "a.png").read_bytes() == before
+  assert "masks/a.png is there already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("left", [".kdseg-predictions", "predictions.csv"])
+def test_what_a_run_left_that_was_killed_is_gone_on_from(
+  model, images, tmp_path, left
+):
+  out = tmp_path / "out"
+  run(model, images / "a.png", out=out)
+  for name in {".kdseg-predictions", "predictions.csv"} - {left}:
+    (out / name).unlink()
+  assert run(model, images / "a.png", out=out)[0] == 0
+
+
+def test_that_nobody_listens_any_more_stops_nothing(model, images, tmp_path):
+  command = [sys.executable, "-m", "kdseg.predict", str(model), str(images)]
+  reader, writer = os.pipe()
+  os.close(reader)
+  done = subprocess.run(
+    [*command, "--out", str(tmp_path / "out")],
+    stdout=writer,
+    stderr=subprocess.PIPE,
+    cwd=pathlib.Path(predict.__file__).parents[1],
+    check=False,
+  )
+  os.close(writer)
+  assert done.returncode == 0, done.stderr
+  assert (tmp_path / "out" / "predictions.csv").exists()
 
 
 def test_names_that_differ_in_case_alone_do_not_meet():

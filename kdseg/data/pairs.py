@@ -310,8 +310,9 @@ def open_image(content: bytes, where: str) -> Image.Image:
   except UnidentifiedImageError:
     # Its own text names an object in memory, not the file.
     raise DataError(
-      f"{where} cannot be decoded (of no known format): it is cut off or no"
-      " image. Replace it by the original file."
+      f"{where} cannot be decoded (of no known format): it is cut off, no"
+      " image, or none of JPEG, PNG, BMP and TIFF. Replace it by the original"
+      " file, or convert it."
     ) from None
   except Exception as error:
     # Pillow's decoders raise OSError, SyntaxError, struct.error and others.

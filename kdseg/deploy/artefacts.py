@@ -5,6 +5,7 @@ package: a score of an artefact is a score of what ships.
 """
 
 from collections.abc import Callable
+from collections.abc import Sequence
 import dataclasses
 import json
 import os
@@ -56,6 +57,10 @@ def load(path: str | os.PathLike[str], *, threads: int = 0) -> Artefact:
   try:
     content = path.read_bytes()
     run, size, about = open_content(path.name, content, threads=threads)
+    beside = path.with_name("preprocess.json")
+    if not about and beside.exists():
+      # StableHLO has no room for it.
+      about = json.loads(beside.read_text(encoding="utf-8"))
   except ImportError:
     raise
   # Each runtime has errors of its own, some of them bare RuntimeErrors.
@@ -97,6 +102,8 @@ def run_onnx(content: bytes, threads: int) -> tuple[Run, int, dict[str, Any]]:
   """
   session = open_onnx(content, threads)
   [given] = session.get_inputs()
+  answers = [answer.name for answer in session.get_outputs()]
+  _check_form(given.type == "tensor(uint8)", given.shape, OUTPUT in answers)
   about = session.get_modelmeta().custom_metadata_map
   return (
     lambda batch: session.run([OUTPUT], {given.name: batch})[0],
@@ -128,6 +135,15 @@ def open_onnx(content: bytes, threads: int) -> Any:
   )
 
 
+def _check_form(is_uint8: bool, shape: Sequence[Any], answers: bool) -> None:
+  square = len(shape) == 4 and shape[1] == shape[2] and shape[3] == 3
+  if not (is_uint8 and square and answers):
+    raise ValueError(
+      "it is no file of kdseg.deploy.export, which takes uint8 [B, S, S, 3] "
+      f'and gives "{OUTPUT}"'
+    )
+
+
 def run_litert(content: bytes, threads: int) -> tuple[Run, int, dict[str, Any]]:
   """Returns how to run a LiteRT file, its side, and what it says of itself.
 
@@ -147,6 +163,7 @@ def run_litert(content: bytes, threads: int) -> tuple[Run, int, dict[str, Any]]:
     model_content=content, num_threads=threads or os.cpu_count()
   )
   [given], [answer] = runner.get_input_details(), runner.get_output_details()
+  _check_form(given["dtype"] is np.uint8, given["shape"], True)
   size = int(given["shape"][1])
   ready = 0
 

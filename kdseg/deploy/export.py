@@ -71,6 +71,9 @@ _REPLACED = (
   "PARITY.json", "SCORES.json", "SCORES.md", "scores.csv", "model.stablehlo",
   *INT8, *INT8.values(),
 )  # fmt: skip
+# What every export writes, and what tells one from other folders.
+_WRITTEN = ("weights.safetensors", "golden.npz", "README.md")
+_MARKS = ("PARITY.json", "preprocess.json")
 # By the name of the data set, as a card states them.
 TERMS = {
   "isic2016": "ISIC-2016 part 1 (Gutman et al. 2016), CC0",
@@ -81,6 +84,10 @@ TERMS = {
 _GOLDEN = 4
 _RANDOM = 4
 _TIMED = 30
+
+
+class PlaceError(RuntimeError):
+  """An export would take the place of somebody's files."""
 
 
 class ParityError(RuntimeError):
@@ -111,6 +118,7 @@ def export(
   *,
   forms: Sequence[str] = FORMS,
   calibration: np.ndarray | None = None,
+  force: bool = False,
 ) -> dict[str, Any]:
   """Writes every form of a network and the proof that they agree.
 
@@ -121,6 +129,7 @@ def export(
     forms: of `FORMS`.
     calibration: [N, S, S, 3] uint8, which the ranges of the int8 ONNX file
       are measured on; drawn lesions if None.
+    force: also where these names are files of something else than an export.
 
   Returns:
     What PARITY.json says: by form its bytes, its largest distance from JAX
@@ -131,6 +140,7 @@ def export(
   Raises:
     ImportError: if a converter is not installed; names the extra.
     ParityError: if a form is further than 1e-4 from JAX, and so not written.
+    PlaceError: if files of something else are in the way.
     UnsupportedError: if the network has an operation that a form lacks.
     ValueError: on an unknown form.
     WriteError: if the disk is full or may not be written to; an earlier export
@@ -138,6 +148,8 @@ def export(
   """
   out = pathlib.Path(out)
   choices.check_known("form", forms, FORMS)
+  if not force:
+    _check_place(out)
   inputs = make_inputs(model.size)
   expected = {name: model.probabilities(x) for name, x in inputs.items()}
   contents = make_forms(
@@ -183,6 +195,19 @@ def export(
     for path in sorted(folder.iterdir(), key=lambda p: p.name == "PARITY.json"):
       path.replace(out / path.name)
   return record
+
+
+def _check_place(out: pathlib.Path) -> None:
+  """Refuses a folder in which something else would be replaced or deleted."""
+  if any((out / name).exists() for name in _MARKS):
+    return
+  names = (*_REPLACED, *_WRITTEN)
+  taken = sorted(name for name in names if (out / name).exists())
+  if taken:
+    raise PlaceError(
+      f"{out} holds {', '.join(taken)} and is no export; name another folder, "
+      "or add --force to replace them"
+    )
 
 
 @contextlib.contextmanager
@@ -294,9 +319,11 @@ def _make_stablehlo(
 
   [batch] = jax_export.symbolic_shape("batch")
   shape = jax.ShapeDtypeStruct((batch, model.size, model.size, 3), jnp.uint8)
-  exported = jax_export.export(
-    jax.jit(function), platforms=("cpu", "cuda", "tpu")
-  )(shape)
+  # Of the sources, what a network is made of, and not where they lie here.
+  with _no_folders():
+    exported = jax_export.export(
+      jax.jit(function), platforms=("cpu", "cuda", "tpu")
+    )(shape)
   try:
     return bytes(exported.serialize())
   except ModuleNotFoundError as error:
@@ -304,6 +331,18 @@ def _make_stablehlo(
       "writing StableHLO needs the package flatbuffers: "
       "pip install 'kdseg[export]'"
     ) from error
+
+
+@contextlib.contextmanager
+def _no_folders() -> Iterator[None]:
+  """Leaves the folders of source files out of what is traced."""
+  name = "jax_hlo_source_file_canonicalization_regex"
+  before = getattr(jax.config, name)
+  jax.config.update(name, ".*/")
+  try:
+    yield
+  finally:
+    jax.config.update(name, before)
 
 
 def describe_int8(name: str, parity: Mapping[str, Any]) -> str:
@@ -440,6 +479,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     metavar="IMAGES",
     help="what int8 ranges are measured on; drawn lesions if unset",
   )
+  parser.add_argument(
+    "--force", action="store_true", help="replace files of something else"
+  )
   options = parser.parse_args(arguments)
   try:
     name = options.model
@@ -455,11 +497,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
           for path in pictures.find(options.calibration)
         ]
       )
-    parity = export(model, options.out, forms=options.forms, calibration=images)
+    parity = export(
+      model,
+      options.out,
+      forms=options.forms,
+      calibration=images,
+      force=options.force,
+    )
   except (
     ImportError,
     OSError,
     ParityError,
+    PlaceError,
     archives.DataError,
     program.UnsupportedError,
     weights.WeightsError,

@@ -39,6 +39,7 @@ from PIL import Image
 from kdseg import checkpoint
 from kdseg import disk
 from kdseg.data import synthetic
+from kdseg.deploy import artefacts
 from kdseg.deploy import export
 from kdseg.deploy import models
 from kdseg.deploy import program
@@ -330,8 +331,26 @@ def _read_networks(
       content = small.read_bytes()
     except OSError as error:
       raise PageError(f"{small} cannot be read: {error}") from error
+    if int8:
+      _check_network(small)
     networks["int8"] = ("model.int8.onnx", "8-bit", content)
   return networks
+
+
+def _check_network(path: pathlib.Path) -> None:
+  """Refuses a file that somebody named and is no network.
+
+  Raises:
+    ImportError: without ONNX Runtime.
+  """
+  try:
+    artefacts.run_onnx(path.read_bytes(), 0)
+  except ImportError:
+    raise
+  except Exception as error:  # Those of the runtime, of many kinds.
+    raise PageError(
+      f"{path} is no network of an export: {str(error).splitlines()[0]}"
+    ) from error
 
 
 def _read_preprocess(exported: pathlib.Path) -> dict[str, Any]:

@@ -12,7 +12,11 @@ from PIL import ImageOps
 from kdseg.data import archives
 from kdseg.data import pairs
 
-SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff"})
+SUFFIXES = frozenset(
+  {".bmp", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff"}
+)
+# Pictures that are not read: in a folder they are named, not passed over.
+OTHERS = frozenset({".avif", ".gif", ".heic", ".heif", ".webp"})
 
 
 def find(names: Iterable[str]) -> list[pathlib.Path]:
@@ -43,7 +47,8 @@ def _inside(folder: pathlib.Path) -> list[pathlib.Path]:
   images = [
     path
     for path in everything
-    if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+    if path.suffix.lower() in SUFFIXES | OTHERS
+    and not path.name.startswith(".")
   ]
   return images or [folder]
 

@@ -78,7 +78,7 @@ def score(
         "seed": 0,
         "dataset": dataset,
         "id": arrays.ids[i],
-        **metrics.score(native, truth),
+        **metrics.score(native, truth, threshold=model.threshold),
       }
     )
   return rows

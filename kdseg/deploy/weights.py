@@ -156,15 +156,27 @@ def check_finished(folder: pathlib.Path) -> None:
     WeightsError: that names those which are.
   """
   if not checkpoint.is_finished(folder):
-    workdir = folder.absolute().parents[1]
+    folder = folder.absolute()
+    if (folder / "weights.safetensors").exists():
+      raise WeightsError(
+        f"{folder} is an export; name a file of it, as "
+        f"{folder / 'weights.safetensors'}"
+      )
+    is_workdir = (folder / "config.json").exists()
+    workdir = folder if is_workdir else folder.parent.parent
     there = sorted(
       path.parent.name
       for kind in ("arms", "teachers")
       for path in workdir.glob(f"{kind}/*/about.json")
     )
+    those = ", ".join(there) or "none at all"
+    if is_workdir:
+      raise WeightsError(
+        f"{workdir} is the workdir of a run; name the folder of a finished "
+        f"network, as {workdir / 'arms'}/NAME-seedN; it has {those}"
+      )
     raise WeightsError(
-      f"{workdir} has no finished {folder.name}; it has "
-      f"{', '.join(there) or 'none at all'}"
+      f"{workdir} has no finished {folder.name}; it has {those}"
     )
 
 
@@ -179,8 +191,8 @@ def read_folder(folder: str | pathlib.Path) -> tuple[Tree, dict[str, Any]]:
       it, or its run's config cannot be read.
   """
   folder = pathlib.Path(folder).absolute()
-  workdir = folder.parents[1]
   check_finished(folder)
+  workdir = folder.parent.parent
   try:
     config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
     variables, known = checkpoint.load_variables(folder)

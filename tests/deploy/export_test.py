@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import pathlib
 
 from jax import export as jax_export
 import numpy as np
@@ -80,6 +82,48 @@ def test_forms_can_be_left_out_and_old_ones_do_not_stay(model, tmp_path):
   export.export(model, tmp_path, forms=["stablehlo"])
   left = {path.name for path in tmp_path.iterdir()}
   assert left == FILES - {"model.onnx", "model.tflite", *export.INT8}
+
+
+def test_a_folder_of_something_else_keeps_its_files(model, tmp_path):
+  (tmp_path / "scores.csv").write_text("of a run")
+  with pytest.raises(export.PlaceError, match=r"holds scores\.csv and is no"):
+    export.export(model, tmp_path, forms=["stablehlo"])
+  assert (tmp_path / "scores.csv").read_text() == "of a run"
+  export.export(model, tmp_path, forms=["stablehlo"], force=True)
+  assert not (tmp_path / "scores.csv").exists()
+
+
+def test_no_form_says_where_its_maker_keeps_the_sources(folder):
+  root = str(pathlib.Path(export.__file__).parents[2]).encode()
+  for path in folder.iterdir():
+    assert root not in path.read_bytes(), path.name
+    assert b"site-packages" not in path.read_bytes(), path.name
+
+
+def test_a_threshold_is_kept_by_every_form(model, tmp_path):
+  odd = dataclasses.replace(
+    model, threshold=0.25, about={**model.about, "threshold": 0.25}
+  )
+  export.export(odd, tmp_path)
+  for name in ("weights.safetensors", *FULL, *export.INT8):
+    assert models.load(tmp_path / name).threshold == 0.25, name
+
+
+def test_a_network_of_somebody_else_is_refused(tmp_path):
+  from onnx import helper
+
+  path = tmp_path / "other.onnx"
+  values = [
+    helper.make_tensor_value_info(name, 1, [1, 3, 8, 8]) for name in "xy"
+  ]
+  graph = helper.make_graph(
+    [helper.make_node("Relu", ["x"], ["y"])], "g", values[:1], values[1:]
+  )
+  opset = helper.make_opsetid("", 13)
+  made = helper.make_model(graph, opset_imports=[opset], ir_version=8)
+  path.write_bytes(made.SerializeToString())
+  with pytest.raises(weights.WeightsError, match=r"no file of kdseg\.deploy"):
+    models.load(path)
 
 
 def test_an_unknown_form_is_named(model, tmp_path):

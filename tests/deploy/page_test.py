@@ -148,9 +148,14 @@ def test_weights_are_a_choice_only_where_there_is_one(built, exported):
   assert "model.int8.onnx" not in names(built)
 
 
-def test_takes_the_int8_file_that_it_is_given(built, exported, tmp_path):
+def test_takes_the_int8_file_that_it_is_given(
+  built, exported, tmp_path, monkeypatch
+):
   path = tmp_path / "small.onnx"
   path.write_bytes(b"given")
+  with pytest.raises(page.PageError, match=r"small\.onnx is no network of"):
+    page.build(built, exported, runtime=RUNTIME, int8=path)
+  monkeypatch.setattr(page.artefacts, "run_onnx", lambda *content: None)
   page.build(built, exported, runtime=RUNTIME, int8=path)
   assert (built / "model.int8.onnx").read_bytes() == b"given"
   with pytest.raises(page.PageError, match=r"absent\.onnx cannot be read"):

@@ -126,6 +126,15 @@ def test_files_folders_and_patterns_are_found_once_each(tmp_path):
   assert pictures.find([str(text)]) == [text]
 
 
+def test_pictures_that_are_not_read_are_named_and_not_passed_over(tmp_path):
+  for name in ("a.jfif", "b.webp", "notes.txt"):
+    (tmp_path / name).write_bytes(b"RIFF....WEBPVP8 ")
+  found = pictures.find([str(tmp_path)])
+  assert [path.name for path in found] == ["a.jfif", "b.webp"]
+  with pytest.raises(DataError, match="none of JPEG, PNG, BMP and TIFF"):
+    pictures.read(found[1])
+
+
 def test_what_is_not_there_comes_back_to_be_named(tmp_path):
   gone = tmp_path / "gone.png"
   empty = tmp_path / "empty"

@@ -206,3 +206,16 @@ def test_the_command_says_in_one_line_what_is_wrong(tmp_path):
   with pytest.raises(SystemExit) as stop:
     weights.main([str(tmp_path), "--arm", "x", "--out", str(tmp_path / "y")])
   assert "no finished x-seed0; it has none at all" in str(stop.value.code)
+
+
+def test_a_folder_that_is_no_network_says_what_to_name(workdir, tmp_path):
+  for folder, message in (
+    (workdir, r"is the workdir of a run; name .*arms/NAME-seedN; it has .*mbf"),
+    ("/", "has no finished"),
+    ("/tmp", "has no finished tmp"),
+  ):
+    with pytest.raises(weights.WeightsError, match=message):
+      weights.read_folder(folder)
+  (tmp_path / "weights.safetensors").touch()
+  with pytest.raises(weights.WeightsError, match="is an export; name a file"):
+    weights.read_folder(tmp_path)
