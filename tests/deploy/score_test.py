@@ -61,6 +61,8 @@ def test_a_form_that_answers_otherwise_scores_otherwise(data_dir):
   )
 
   class Truth:
+    threshold = 0.5
+
     def probabilities(self, batch):
       [index] = [
         i for i, image in enumerate(arrays.image) if (image == batch[0]).all()
@@ -69,6 +71,10 @@ def test_a_form_that_answers_otherwise_scores_otherwise(data_dir):
 
   rows = score.score(Truth(), arrays, "synthetic_test", "truth")
   assert np.mean([row["dice"] for row in rows]) > 0.9
+  # By the network's own threshold.
+  Truth.threshold = 1.0
+  rows = score.score(Truth(), arrays, "synthetic_test", "truth")
+  assert all(row["dice"] == 0 for row in rows)
 
 
 def test_what_is_no_number_has_no_score(data_dir):
