@@ -237,7 +237,7 @@ def _check_trained(
     WorkdirError: that names the switch.
   """
   trained: dict[str, Any] = {}
-  for path in sorted((workdir / "checkpoints" / "arms").glob("*/group.json")):
+  for path in _list_groups(workdir):
     begun = json.loads(path.read_text(encoding="utf-8"))
     # Earlier versions wrote the names of the arms alone.
     trained |= begun if isinstance(begun, dict) else {}
@@ -1047,7 +1047,7 @@ def _next_group(
   with disk.writing(folder):
     folder.mkdir(parents=True, exist_ok=True)
   switches = {p.key: config.methods[p.method].to_dict() for p in plans}
-  groups = sorted(folder.glob("*/group.json"))
+  groups = _list_groups(workdir)
   for path in groups:
     keys = json.loads(path.read_text(encoding="utf-8"))
     if set(open_keys) & set(keys):
@@ -1066,6 +1066,12 @@ def _next_group(
     path.parent.mkdir(exist_ok=True)
   checkpoint.write_json(path, {key: switches[key] for key in open_keys})
   return open_keys, path.parent.name
+
+
+def _list_groups(workdir: pathlib.Path) -> list[pathlib.Path]:
+  """Returns the group.json of every group of arms that was begun."""
+  found = (workdir / "checkpoints" / "arms").glob("*/group.json")
+  return sorted(path for path in found if path.parent.name.isdigit())
 
 
 def list_taps(methods: Iterable[objective.Method]) -> tuple[str, ...]:
