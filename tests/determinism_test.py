@@ -129,6 +129,7 @@ def test_two_devices_train_what_one_does(on_one, on_two):
   assert_same_numbers(on_two, on_one)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
 def test_a_run_goes_on_with_another_number_of_devices(
   folder, compiled, on_one, first, then

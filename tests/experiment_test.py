@@ -445,6 +445,7 @@ def test_what_was_noted_of_other_weights_is_not_gone_on_from(tmp_path):
   assert experiment._read_noted(path, "old") == []
 
 
+@pytest.mark.long
 def test_a_clock_that_goes_backwards_changes_nothing(
   finished, folder, monkeypatch, caplog
 ):
@@ -583,6 +584,7 @@ def test_a_disk_that_may_not_be_written_to_is_named(finished, small_disk):
   )
 
 
+@pytest.mark.long
 # Python 3.11 tells so of what orbax leaves behind of a save that failed.
 @pytest.mark.filterwarnings("ignore:.*:pytest.PytestUnraisableExceptionWarning")
 def test_on_a_disk_that_is_full_again_and_again_it_ends_as_never_stopped(

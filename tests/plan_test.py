@@ -114,6 +114,7 @@ def test_what_is_there_already_is_not_counted(config, folder):
   }
 
 
+@pytest.mark.long
 def test_a_method_that_normalises_by_the_teacher_is_timed_too(config, folder):
   config = config.copy_and_resolve_references()
   config.methods.std = {
