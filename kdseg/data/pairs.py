@@ -230,7 +230,15 @@ def decode_pairs_image(pair: Pair) -> np.ndarray:
   content = pair.image.read()
   image = decode_image(content, pair.image.where)
   if pair.upright:
-    turn = open_image(content, pair.image.where).getexif().get(_ORIENTATION, 1)
+    try:
+      with _open_header(content) as header:
+        turn = header.getexif().get(_ORIENTATION, 1)
+    except Exception as error:
+      # Pillow's readers of EXIF raise SyntaxError, struct.error and others.
+      raise DataError(
+        f"{pair.image.where} has damaged EXIF data ({archives.shown(error)}); "
+        "save it again without them."
+      ) from error
     if turn not in (0, 1):
       raise DataError(
         f"{pair.image.where} is stored turned (EXIF orientation {turn}), and "

@@ -150,6 +150,16 @@ def test_an_image_that_exif_turns_is_refused(tmp_path, make_folder):
       "folder", "train", size=32, data_dir=tmp_path / "data",
       manual_dir=tmp_path / "own",
     )  # fmt: skip
+  # And one of which nobody can say whether it is.
+  with Image.open(path) as image:
+    image.save(path.with_suffix(".png"), exif=b"neither II nor MM")
+  if path.suffix != ".png":
+    path.unlink()
+  with pytest.raises(DataError, match=r"lesion_7\.png has damaged EXIF"):
+    pipeline.load(
+      "folder", "train", size=32, data_dir=tmp_path / "data",
+      manual_dir=tmp_path / "own",
+    )  # fmt: skip
 
 
 def test_it_is_a_tfds_builder(tmp_path, make_folder):
