@@ -23,6 +23,9 @@ Variants:
                                               widths, on the small student,
                                               scored on the validation images
                                               alone
+  --config configs/isic2016.py:random         MBF and M2BF from a teacher as it
+                                              was drawn, which knows nothing, to
+                                              be merged with "comparison"
   --config.arms.patch_unet_50k.seeds='(0,)'   fewer seeds; more can follow in
                                               the same workdir
 """
@@ -112,9 +115,10 @@ RIVALS = (
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
   """Returns the config of a variant; see the head of this file."""
-  if variant not in ("", "search", "comparison", "why"):
+  if variant not in ("", "search", "comparison", "why", "random"):
     raise ValueError(
-      f'the variants are "search", "comparison" and "why", not "{variant}"'
+      'the variants are "search", "comparison", "why" and "random", not '
+      f'"{variant}"'
     )
   c = ml_collections.ConfigDict()
   c.seed = 0
@@ -219,6 +223,24 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     c.methods = ml_collections.ConfigDict(WHY)
     c.arms = ml_collections.ConfigDict(
       {"patch_unet_12k": {"methods": tuple(WHY), "seeds": (0, 1)}}
+    )
+  if variant == "random":
+    teacher = c.teachers.teacher_vit
+    teacher.precompute = False
+    teacher.training = ml_collections.ConfigDict({"epochs": 0.0})
+    c.teachers = ml_collections.ConfigDict({"teacher_random": teacher})
+    c.encoder_weights = False
+    c.distil_from = ("teacher_random",)
+    c.methods = ml_collections.ConfigDict(
+      {"mbf_random": BAND, "m2bf_random": COMPARISON["m2bf"]}
+    )
+    c.arms = ml_collections.ConfigDict(
+      {
+        "patch_unet_12k": {
+          "methods": ("mbf_random", "m2bf_random"),
+          "seeds": (0, 1, 2, 3, 4),
+        }
+      }
     )
   if variant == "search":
     c.data.tests = ("validation",)
