@@ -227,7 +227,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   if variant == "random":
     teacher = c.teachers.teacher_vit
     teacher.precompute = False
-    teacher.training = ml_collections.ConfigDict({"epochs": 0.0})
+    teacher.training.epochs = 0.0
     c.teachers = ml_collections.ConfigDict({"teacher_random": teacher})
     c.encoder_weights = False
     c.distil_from = ("teacher_random",)
