@@ -1,8 +1,9 @@
-"""Times kdseg's networks against the same networks in PyTorch, on the CPU.
+"""Times kdseg's networks against the same networks in PyTorch.
 
   pip install 'kdseg[bench]'
   python benchmarks/train_step.py [--networks enet vit_unet] [--batch 8]
-      [--size 256] [--repeats 6] [--no-compile] [--threads 2] [--out FILE.csv]
+      [--size 256] [--repeats 6] [--no-compile] [--threads 2] [--device gpu]
+      [--out FILE.csv]
 
 One training step of every student (forward, BCE + soft Dice at full size,
 backward, clipping, AdamW with warm-up and cosine, moving average of the
@@ -28,6 +29,10 @@ Shown are the medians of all calls and their ratios; above 1, JAX is faster.
 GFLOP are twice `networks.count_macs`, three times that for a training step, so
 that all ways are measured by the same count. The machine's peak is the fastest
 product of two large matrices in the same run, in JAX or PyTorch.
+
+On a GPU both multiply in TF32, as JAX does unless told otherwise, so that they
+agree to fewer digits; `torch.compile` records graphs of the kernels there
+(mode reduce-overhead), as XLA does unasked.
 
 Most of a first run is `torch.compile`; inductor keeps what it compiled for the
 next one. A run with `--repeats 1` does that on a machine that is still busy.
@@ -76,7 +81,12 @@ STEPS = 3008
 WARMUP_STEPS = 150
 
 # Side of the matrices whose product is the machine's peak.
-PEAK_SIDE = 2048
+PEAK_SIDE = {"cpu": 2048, "gpu": 8192}
+# How far losses and logits may be from each other, see `check_agreement`.
+TOLERANCE = {"cpu": 2e-3, "gpu": 2e-2}
+# What PyTorch calls the devices, and how it compiles for them.
+TORCH_DEVICE = {"cpu": "cpu", "gpu": "cuda"}
+COMPILE_MODE = {"cpu": "default", "gpu": "reduce-overhead"}
 # A libgomp thread that waits for work spins for some milliseconds.
 REST_SECONDS = 0.02
 # Quick calls are repeated for about so long in each turn.
@@ -185,6 +195,7 @@ def make_torch_call(
   variables: Any,
   batch: Batch,
   *,
+  device: str,
   channels_last: bool,
   compiled: bool,
 ) -> Call:
@@ -194,6 +205,7 @@ def make_torch_call(
     name: of the network.
     variables: of the kdseg network, copied.
     batch: images and masks.
+    device: "cpu" or "gpu".
     channels_last: whether weights and maps lie in that memory format.
     compiled: whether `torch.compile` is applied.
   """
@@ -201,24 +213,28 @@ def make_torch_call(
   network = twins.TWINS[name]()
   twins.copy_variables(network, variables)
   layout = torch.channels_last if channels_last else torch.contiguous_format
-  network = network.to(memory_format=layout)
+  where = TORCH_DEVICE[device]
+  network = network.to(where, memory_format=layout)
   image = torch.from_numpy(batch.image).permute(0, 3, 1, 2)
-  image = image.contiguous(memory_format=layout)
-  mask = torch.from_numpy(batch.mask)
+  image = image.contiguous(memory_format=layout).to(where)
+  mask = torch.from_numpy(batch.mask).to(where)
+  mode = COMPILE_MODE[device] if compiled else None
   if name in STUDENTS:
-    return _make_torch_step(network, image, mask, compiled=compiled)
+    return _make_torch_step(network, image, mask, mode=mode)
   network.eval()
-  forward = torch.compile(network, dynamic=False) if compiled else network
+  forward = network
+  if compiled:
+    forward = torch.compile(network, dynamic=False, mode=mode)
 
   def call() -> np.ndarray:
     with torch.inference_mode():
-      return forward(image).numpy()
+      return forward(image).cpu().numpy()
 
   return call
 
 
 def _make_torch_step(
-  network: Any, image: Any, mask: Any, *, compiled: bool
+  network: Any, image: Any, mask: Any, *, mode: str | None
 ) -> Call:
   torch, _ = load_torch()
   network.train()
@@ -231,8 +247,8 @@ def _make_torch_step(
     area = probability.sum((1, 2)) + mask.sum((1, 2))
     return bce + (1.0 - (2.0 * overlap + 1.0) / (area + 1.0)).mean()
 
-  if compiled:
-    loss_fn = torch.compile(loss_fn, dynamic=False)
+  if mode:
+    loss_fn = torch.compile(loss_fn, dynamic=False, mode=mode)
   parameters = list(network.parameters())
   kernels = [x for x in parameters if x.ndim > 1]
   others = [x for x in parameters if x.ndim <= 1]
@@ -275,7 +291,9 @@ def _make_torch_step(
   return call
 
 
-def check_agreement(name: str, way: str, ours: np.ndarray, theirs: Any) -> None:
+def check_agreement(
+  name: str, way: str, ours: np.ndarray, theirs: Any, tolerance: float
+) -> None:
   """Holds what PyTorch computed against what JAX did.
 
   Raises:
@@ -284,7 +302,7 @@ def check_agreement(name: str, way: str, ours: np.ndarray, theirs: Any) -> None:
   scale = max(1.0, float(np.sqrt(np.mean(np.square(ours)))))
   off = float(np.max(np.abs(ours - theirs)))
   # Not `off > ...`, which is false of a number that is none.
-  if not off <= 2e-3 * scale:
+  if not off <= tolerance * scale:
     raise RuntimeError(f"{name}: {way} is {off:.2g} away from JAX")
 
 
@@ -311,24 +329,37 @@ def take_turns(
   return taken
 
 
-def measure_peak(repeats: int) -> dict[str, float]:
+def measure_peak(repeats: int, device: str) -> dict[str, float]:
   """Returns the GFLOP/s of a large product in each framework."""
   torch, _ = load_torch()
-  x = np.random.default_rng(0).random((PEAK_SIDE, PEAK_SIDE), np.float32)
+  side = PEAK_SIDE[device]
+  x = np.random.default_rng(0).random((side, side), np.float32)
   ours = jax.device_put(x)
-  theirs = torch.from_numpy(x)
+  theirs = torch.from_numpy(x).to(TORCH_DEVICE[device])
   product = jax.jit(jnp.matmul)
+
+  def multiply() -> None:
+    _ = theirs @ theirs
+    if device == "gpu":
+      torch.cuda.synchronize()
+
   calls = {
     "jax": lambda: jax.block_until_ready(product(ours, ours)),
-    "torch": lambda: theirs @ theirs,
+    "torch": multiply,
   }
   calls["jax"]()
   taken = take_turns(calls, repeats)
-  return {way: 2e-9 * PEAK_SIDE**3 / min(taken[way]) for way in calls}
+  return {way: 2e-9 * side**3 / min(taken[way]) for way in calls}
 
 
 def measure(
-  name: str, *, batch: int, size: int, repeats: int, compiled: bool
+  name: str,
+  *,
+  device: str,
+  batch: int,
+  size: int,
+  repeats: int,
+  compiled: bool,
 ) -> dict[str, Any]:
   """Measures one network; returns its row of the table, peak left out.
 
@@ -349,10 +380,15 @@ def measure(
 
   def add(way: str, *, channels_last: bool, compiled: bool) -> None:
     calls[way] = make_torch_call(
-      name, variables, images, channels_last=channels_last, compiled=compiled
+      name,
+      variables,
+      images,
+      device=device,
+      channels_last=channels_last,
+      compiled=compiled,
     )
     for ours in expected:
-      check_agreement(name, way, ours, calls[way]())
+      check_agreement(name, way, ours, calls[way](), TOLERANCE[device])
 
   formats = {"contiguous": False, "channels_last": True}
   for layout, channels_last in formats.items():
@@ -484,11 +520,13 @@ def main() -> None:
     default=0,
     help="cores to bind both frameworks to; 0 for all",
   )
+  parser.add_argument("--device", choices=tuple(TORCH_DEVICE), default="cpu")
   parser.add_argument("--out", type=pathlib.Path, help="a CSV file")
   options = parser.parse_args()
   memory.keep_freed()
 
-  jax.config.update("jax_platforms", "cpu")
+  device = options.device
+  jax.config.update("jax_platforms", "cpu" if device == "cpu" else "cuda")
   try:
     # Before PyTorch is loaded and JAX used, which count the cores.
     cores = bind(options.threads)
@@ -496,8 +534,10 @@ def main() -> None:
   except (ImportError, ValueError) as error:
     sys.exit(str(error))
   torch.set_num_threads(cores)
+  torch.backends.cuda.matmul.allow_tf32 = True
+  torch.backends.cudnn.allow_tf32 = True
 
-  peaks = measure_peak(options.repeats)
+  peaks = measure_peak(options.repeats, device)
   peak = max(peaks.values())
   about = {
     "peak_gflops": peak,
@@ -506,12 +546,14 @@ def main() -> None:
     "torch": torch.__version__,
     "cores": cores,
     "processor": processor(),
+    "device": jax.devices()[0].device_kind,
   }
   rows: list[dict[str, Any]] = []
   for name in options.networks:
     began = time.perf_counter()
     row = measure(
       name,
+      device=device,
       batch=options.batch,
       size=options.size,
       repeats=options.repeats,
@@ -526,11 +568,13 @@ def main() -> None:
 
   print(
     f"jax {jax.__version__}, torch {torch.__version__}, Python "
-    f"{about['python']}, {about['processor']}; bound to {cores} cores (JAX), "
-    f"{torch.get_num_threads()} threads (PyTorch); batch {options.batch}, "
-    f"{options.size} x {options.size} pixels, medians of {options.repeats} "
-    f"turns; peak {peak:.0f} GFLOP/s (JAX {peaks['jax']:.0f}, PyTorch "
-    f"{peaks['torch']:.0f}, {PEAK_SIDE} x {PEAK_SIDE} matrices)\n"
+    f"{about['python']}, {about['processor']}, {about['device']}; bound to "
+    f"{cores} cores (JAX), {torch.get_num_threads()} threads (PyTorch); "
+    f"batch {options.batch}, {options.size} x {options.size} pixels, "
+    f"medians of {options.repeats} turns; peak {peak:.0f} GFLOP/s "
+    f"(JAX {peaks['jax']:.0f}, PyTorch {peaks['torch']:.0f}, "
+    f"{PEAK_SIDE[device]} x {PEAK_SIDE[device]} "
+    "matrices)\n"
   )
   print(format_tables(rows))
 

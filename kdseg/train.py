@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
+from concurrent import futures
 import dataclasses
 import logging
 import math
+import os
 import time
 from typing import Any
 
@@ -142,11 +144,10 @@ def fit(
   started, started_at, spent = time.monotonic(), first_step, 0.0
   for step, batch, made_of in batches(first_step):
     prepared = prepare(step, batch)
-    measured = {}
-    for name in live:
-      arms[name].state, measured[name] = arms[name].step(
-        arms[name].state, prepared
-      )
+    if step == first_step:
+      measured = _first_step(arms, live, prepared)
+    else:
+      measured = {name: _update(arms[name], prepared) for name in live}
     window.append((step, made_of, measured))
     done = step + 1
 
@@ -186,6 +187,37 @@ def fit(
         f"{stage}: stopped after step {done} of {total}, which is saved; the "
         "same command continues from there"
       )
+
+
+def _update(arm: Arm, prepared: Tree) -> dict[str, jax.Array]:
+  """Takes one step; returns what it measured."""
+  arm.state, measured = arm.step(arm.state, prepared)
+  return measured
+
+
+def _first_step(
+  arms: Mapping[str, Arm], live: list[str], prepared: Tree
+) -> dict[str, dict[str, jax.Array]]:
+  """Takes a step of all arms, and compiles their programs side by side.
+
+  Compiling is most of it, and much of that uses one core. Several hosts do
+  the same things in the same order, as each waits for the others.
+  """
+  if hosts.are_many():
+    return {name: _update(arms[name], prepared) for name in live}
+  firsts: dict[StepFn, str] = {}
+  for name in live:
+    firsts.setdefault(arms[name].step, name)
+  with futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    begun = {
+      name: pool.submit(_update, arms[name], prepared)
+      for name in firsts.values()
+    }
+    measured = {name: future.result() for name, future in begun.items()}
+  for name in live:
+    if name not in measured:
+      measured[name] = _update(arms[name], prepared)
+  return {name: measured[name] for name in live}
 
 
 def _drop_diverged(

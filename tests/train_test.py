@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+import threading
 
 import jax.numpy as jnp
 import pytest
@@ -124,6 +125,58 @@ def test_every_arm_sees_every_prepared_batch_once():
   Course({"x": first, "y": second}).run(5)
   assert seen_first == [(i, 10.0 * i) for i in range(5)]
   assert seen_second == seen_first
+
+
+def test_in_the_first_step_programs_are_compiled_side_by_side():
+  arms = {name: make_arm()[0] for name in ("none", "mbf")}
+  met = threading.Barrier(2)
+  for arm in arms.values():
+    arm.step = _waiting(arm.step, met)
+  Course(arms).run(steps=3)
+  assert [int(arm.state.step) for arm in arms.values()] == [3, 3]
+
+
+def _waiting(step, met):
+  """Each first call goes on when all of them have begun."""
+
+  def waiting(state, prepared):
+    if prepared["at"] == 0:
+      met.wait(timeout=60)
+    return step(state, prepared)
+
+  return waiting
+
+
+@pytest.mark.parametrize("hosts", ["one host", "several hosts"])
+def test_the_first_step_takes_one_program_once_at_a_time(hosts, monkeypatch):
+  """Arms of one program after each other; on several hosts, all of them."""
+  many = hosts == "several hosts"
+  monkeypatch.setattr(train.hosts, "are_many", lambda: many)
+  monkeypatch.setattr(train.hosts, "gather", lambda value: [value])
+  order, step = [], make_arm()[0].step
+
+  def noted(state, prepared):
+    order.append((threading.current_thread().name, int(state.seed)))
+    return step(state, prepared)
+
+  arms = {}
+  for seed in range(3):
+    state = make_arm()[0].state.replace(seed=jnp.asarray(seed, jnp.int32))
+    arms[f"none-seed{seed}"] = train.Arm(state, noted)
+  Course(arms).run(steps=1)
+  assert [seed for _, seed in order] == [0, 1, 2]
+  main = threading.main_thread().name
+  assert [name == main for name, _ in order] == [many, True, True]
+
+
+def test_what_stops_one_first_step_stops_the_run():
+  def too_large(state, prepared):
+    raise MemoryError("out of memory")
+
+  arms = {"none": make_arm()[0], "mbf": make_arm()[0]}
+  arms["mbf"].step = too_large
+  with pytest.raises(MemoryError, match="out of memory"):
+    Course(arms).run()
 
 
 def test_validates_and_saves_when_due_and_after_the_last_step():
