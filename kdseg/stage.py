@@ -302,13 +302,32 @@ def make_arms(
     deviations: of the teacher's taps, for methods that normalise by them; see
       `teacher_deviations`.
   """
-  rules: dict[str, Any] = {}
+  # Compiled once for all that are alike.
+  initializers: dict[str, Callable[[jax.Array], Tree]] = {}
+  distillers: dict[str, Callable[[jax.Array], Tree]] = {}
+  initial: dict[str, Callable[[int], state_lib.TrainState]] = {}
   compiled: dict[str, Callable[..., Any]] = {}
   arms: dict[str, train.Arm] = {}
   for name, contender in contenders.items():
     if contender.kind not in compiled:
-      tx = rules[contender.kind] = training.make_tx(
+      tx = training.make_tx(
         steps, getattr(contender.network, "is_frozen", None)
+      )
+      network = repr(contender.network)
+      if network not in initializers:
+        initializers[network] = networks.make_initializer(
+          contender.network, size=setting.size, weights=setting.encoder_weights
+        )
+      distiller = repr((contender.distiller, contender.distiller_inputs))
+      if distiller not in distillers:
+        distillers[distiller] = _distiller_initializer(contender)
+      initial[contender.kind] = functools.partial(
+        initial_state,
+        initialize=initializers[network],
+        initialize_distiller=distillers[distiller],
+        tx=tx,
+        terms=objective.balanced_names(contender.method),
+        keep_average=training.average_decay > 0,
       )
       compiled[contender.kind] = step_lib.parallel(
         step_lib.make_train_step(
@@ -326,7 +345,7 @@ def make_arms(
         donate=True,
       )
     arms[name] = train.Arm(
-      state=initial_state(contender, setting, training, rules[contender.kind]),
+      state=step_lib.replicate(initial[contender.kind](contender.seed)),
       step=compiled[contender.kind],
     )
   return arms
@@ -475,32 +494,44 @@ def make_distiller(
 
 
 def initial_state(
-  contender: Contender, setting: Setting, training: Training, tx: Any
+  seed: int,
+  *,
+  initialize: Callable[[jax.Array], Tree],
+  initialize_distiller: Callable[[jax.Array], Tree],
+  tx: Any,
+  terms: tuple[str, ...],
+  keep_average: bool,
 ) -> state_lib.TrainState:
-  """Draws a contender's first state from its seed; replicated."""
-  rng = jax.random.key(contender.seed)
-  variables = networks.make_variables(
-    contender.network,
-    jax.random.fold_in(rng, 0),
-    size=setting.size,
-    weights=setting.encoder_weights,
-  )
-  distiller_params: Tree = {}
-  if contender.distiller is not None:
-    shapes, grids = contender.distiller_inputs
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
-    distiller_params = contender.distiller.init(
-      jax.random.fold_in(rng, 1), zeros, grids
-    ).get("params", {})
-  return step_lib.replicate(
-    state_lib.make_state(
-      variables,
-      distiller_params,
+  """Draws a first state, on the host's processor.
+
+  Args:
+    seed: everything is drawn from it.
+    initialize: of the network, see `networks.make_initializer`.
+    initialize_distiller: of what is trained beside it.
+    tx: see `state.make_state`, as the others.
+    terms: names of the terms whose weight is calibrated.
+    keep_average: whether to keep an exponential moving average.
+  """
+  with jax.default_device(networks.processor()):
+    rng = jax.random.key(seed)
+    return state_lib.make_state(
+      initialize(jax.random.fold_in(rng, 0)),
+      initialize_distiller(jax.random.fold_in(rng, 1)),
       tx,
-      seed=contender.seed,
-      terms=objective.balanced_names(contender.method),
-      keep_average=training.average_decay > 0,
+      seed=seed,
+      terms=terms,
+      keep_average=keep_average,
     )
+
+
+def _distiller_initializer(contender: Contender) -> Callable[..., Tree]:
+  """Returns rng -> parameters of a distiller, {} where there is none."""
+  if contender.distiller is None:
+    return lambda rng: {}
+  shapes, grids = contender.distiller_inputs
+  zeros = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
+  return networks.on_processor(
+    lambda rng: contender.distiller.init(rng, zeros, grids).get("params", {})
   )
 
 

@@ -256,6 +256,56 @@ def test_contenders_train_stop_go_on_and_leave_their_best(tmp_path, caplog):
     train_together(torn, {"c": contender(torn / "c")})
 
 
+def test_arms_that_are_alike_share_the_programs_that_draw_them(
+  tmp_path, monkeypatch
+):
+  made, on_processor = [], stage.networks.on_processor
+
+  def noted(function):
+    made.append(function)
+    return on_processor(function)
+
+  monkeypatch.setattr(stage.networks, "on_processor", noted)
+  network = tiny.Network(2, axis_name=step_lib.AXIS)
+  method = objective.make_method(
+    {"terms": {"mbf": 1.0}, "taps": ("low",), "generator": "1x1"}
+  )
+  distiller, inputs = stage.make_distiller(
+    network, shapes(low=(8, 5)), method, size=tiny.SIDE
+  )
+  contenders = {}
+  for seed in (0, 1):
+    plain = contender(tmp_path, network=network, seed=seed)
+    contenders[f"none{seed}"] = plain
+    for kind in ("mbf", "rolled"):
+      contenders[f"{kind}{seed}"] = dataclasses.replace(
+        plain,
+        kind=kind,
+        method=method,
+        distiller=distiller,
+        distiller_inputs=inputs,
+      )
+  arms = stage.make_arms(contenders, SETTING, TRAINING, steps=4)
+  # One for the network, one for what mbf and rolled train beside it.
+  assert len(made) == 2
+  image = jnp.zeros((1, tiny.SIDE, tiny.SIDE, 3))
+  for seed in (0, 1):
+    rng = jax.random.key(seed)
+    drawn = network.init(jax.random.fold_in(rng, 0), image)
+    zeros = {"low": jnp.zeros((1, 8, 8, 2))}
+    beside = distiller.init(jax.random.fold_in(rng, 1), zeros, {"low": (8, 8)})
+    for kind in ("none", "mbf", "rolled"):
+      params = arms[f"{kind}{seed}"].state.params
+      assert_same(params["network"], drawn["params"])
+      assert_same(
+        params["distiller"], {} if kind == "none" else beside["params"]
+      )
+
+
+def assert_same(found, expected):
+  jax.tree.map(np.testing.assert_array_equal, found, dict(expected))
+
+
 def test_an_arm_has_the_same_bits_alone_and_in_company(tmp_path):
   alone, company = tmp_path / "alone", tmp_path / "company"
   train_together(alone, {"a": contender(alone / "a")})

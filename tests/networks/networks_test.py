@@ -217,3 +217,20 @@ def test_the_seed_decides_what_is_drawn():
     (a != b).any()
     for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(other))
   )
+
+
+def test_is_drawn_alike_where_jax_has_no_processor_beside_its_devices(
+  monkeypatch,
+):
+  network = networks.make_network("patch_unet", widths=(2, 2, 2))
+  expected = networks.make_variables(network, jax.random.key(0), size=32)
+
+  def none(backend):
+    raise RuntimeError(f"Unknown backend {backend}")
+
+  monkeypatch.setattr(jax, "local_devices", none)
+  assert networks.processor() is None
+  found = networks.make_variables(network, jax.random.key(0), size=32)
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-6), found, expected
+  )
