@@ -287,7 +287,10 @@ def parallel(
   """Maps a function over the devices of all hosts, jitted; one trace.
 
   This is `jax.pmap`, kept behind one function. JAX calls pmap the old way and
-  advises `jax.shard_map`; that move is an edit of these lines.
+  advises `jax.shard_map`; that move is an edit of these lines. On one host its
+  program is compiled ahead of time at the first call with arguments of these
+  shapes, and called itself after that: what pmap does in Python at every call
+  takes 1 ms for a small student's 200 arrays, where a GPU's step takes 3.
 
   Args:
     function: may use collectives over `AXIS`.
@@ -314,9 +317,20 @@ def parallel(
     devices=jax.local_devices() if local else None,
   )
 
+  programs: dict[Any, Callable[..., Any]] = {}
+
   @functools.wraps(function)
   def call(*arguments: Tree) -> Any:
-    return mapped(arguments[:replicated], arguments[replicated:])
+    given = arguments[:replicated], arguments[replicated:]
+    leaves, structure = jax.tree.flatten(given)
+    traced = any(isinstance(x, jax.core.Tracer) for x in leaves)
+    # pmap joins what several hosts have; the others run no program.
+    if jax.process_count() > 1 or jax.config.jax_disable_jit or traced:
+      return mapped(*given)
+    key = structure, tuple((x.shape, x.dtype) for x in leaves)
+    if key not in programs:
+      programs[key] = mapped.lower(*given).compile()
+    return programs[key](*given)
 
   return call
 

@@ -564,3 +564,22 @@ def test_empty_arguments_do_not_shift_the_axes():
   )
   found = function({}, jnp.float32(10), np.arange(4, dtype=np.float32))
   np.testing.assert_array_equal(found, [6, 16, 26, 36])
+
+
+def test_each_shape_has_its_program_once_and_a_trace_needs_none():
+  traces = []
+
+  def scale(w, x):
+    traces.append(x.shape)
+    return x * w
+
+  function = step_lib.parallel(scale, replicated=1, out_replicated=False)
+  weight = jnp.float32(10)
+  for count in (1, 2, 1, 2):
+    x = np.ones((4, count), np.float32)
+    np.testing.assert_array_equal(function(weight, x), 10 * x)
+  assert traces == [(1,), (2,)]
+  x = np.ones((4, 3), np.float32)
+  assert jax.eval_shape(function, weight, x).shape == (4, 3)
+  with jax.disable_jit():
+    np.testing.assert_array_equal(function(weight, x), 10 * x)
