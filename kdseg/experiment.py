@@ -676,12 +676,12 @@ def make_teacher(
     config.precompute_teacher and name in config.distil_from
   )
   training = make_training(dict(c.training))
-  drawn = not training.steps(1, 1)
-  if c.precompute and wanted and not c.checkpoint and not drawn:
+  drawn = is_drawn(c)
+  if c.precompute and wanted and not drawn and not c.checkpoint:
     encoded, validation_encoded = _encode(
       name, network, config, workdir, data, c.seed, stop
     )
-  if untrained and not c.checkpoint and drawn:
+  if untrained and drawn:
     # A control: what is learned from a network that knows nothing.
     variables = networks.make_variables(
       network,
@@ -725,6 +725,12 @@ def make_teacher(
     return variables
 
   return Teacher(network, _tree_of_first(load, expected), encoded)
+
+
+def is_drawn(teacher: ml_collections.ConfigDict) -> bool:
+  """Whether a teacher of a config is neither trained nor taken from a file."""
+  training = make_training(dict(teacher.training))
+  return not teacher.checkpoint and not training.steps(1, 1)
 
 
 def _tree_of_first(load: Callable[[], Tree], expected: Tree) -> Tree:
@@ -1446,10 +1452,7 @@ def _describe_protocol(
   averaging = config.evaluation.averaging
   if config.evaluation.teacher_averaging != averaging:
     averaging += f" (teachers: {config.evaluation.teacher_averaging})"
-  teacher = ""
-  if config.distil_from:
-    teacher = JOINT if len(config.distil_from) > 1 else config.distil_from[0]
-  meta = {
+  meta: dict[str, Any] = {
     "train": {
       "name": config.data.name,
       "found": data.train.found_count,
@@ -1475,8 +1478,11 @@ def _describe_protocol(
     "baseline": "none",
     "notes": notes,
   }
-  if teacher:
-    meta["teacher"] = teacher
+  if config.distil_from:
+    teacher = JOINT if len(config.distil_from) > 1 else config.distil_from[0]
+    # One that knows nothing is a control, which need not be ahead of students.
+    drawn = all(is_drawn(config.teachers[name]) for name in config.distil_from)
+    meta["teacher"] = "" if drawn else teacher
   if "primary" in config:
     meta["primary"] = _primary_family(config, data)
     meta["validation"] = _validation_dice(workdir, plans)

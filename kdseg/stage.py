@@ -221,19 +221,20 @@ def train_together(
     deviations = teacher_deviations(batches, prepare)
 
   arms = make_arms(contenders, setting, training, steps, deviations)
-  predicts: dict[str, Callable[..., Any]] = {}
+  predicts: dict[Any, Callable[..., Any]] = {}
   for contender in contenders.values():
-    network = repr(contender.network)
+    network = type(contender.network), repr(contender.network)
     if network not in predicts:
       predicts[network] = make_predict(contender.network)
 
   def validate(name: str, variables: Tree) -> float:
+    network = contenders[name].network
     with memory.enough(
       f"{stage}: validation in batches of {setting.evaluation_batch_size}",
       LOWER_EVALUATION,
     ):
       return evaluate.mean_dice(
-        predicts[repr(contenders[name].network)],
+        predicts[type(network), repr(network)],
         variables,
         validation,
         batch_size=setting.evaluation_batch_size,
@@ -303,7 +304,7 @@ def make_arms(
       `teacher_deviations`.
   """
   # Compiled once for all that are alike.
-  initializers: dict[str, Callable[[jax.Array], Tree]] = {}
+  initializers: dict[Any, Callable[[jax.Array], Tree]] = {}
   distillers: dict[str, Callable[[jax.Array], Tree]] = {}
   initial: dict[str, Callable[[int], state_lib.TrainState]] = {}
   compiled: dict[str, Callable[..., Any]] = {}
@@ -313,7 +314,7 @@ def make_arms(
       tx = training.make_tx(
         steps, getattr(contender.network, "is_frozen", None)
       )
-      network = repr(contender.network)
+      network = type(contender.network), repr(contender.network)
       if network not in initializers:
         initializers[network] = networks.make_initializer(
           contender.network, size=setting.size, weights=setting.encoder_weights

@@ -7,7 +7,6 @@ from concurrent import futures
 import dataclasses
 import logging
 import math
-import os
 import time
 from typing import Any
 
@@ -28,6 +27,8 @@ StepFn = Callable[[TrainState, Tree], tuple[TrainState, dict[str, jax.Array]]]
 
 # Updates in a row that may be left out; one more and nothing is learned.
 SKIPPED_AT_MOST = 20
+# Programs that are compiled at the same time; each takes memory.
+COMPILED_AT_ONCE = 4
 
 
 class DivergedError(RuntimeError):
@@ -40,7 +41,8 @@ class Arm:
 
   Attributes:
     state: replicated over the devices; what a checkpoint holds.
-    step: its mapped update.
+    step: its mapped update; with `lower`, see `step.parallel`, the programs of
+      several arms are compiled at once.
     best: {"variables": host arrays, "score": validation, "step"}, or {}.
     diverged: why it stopped early, or "".
     skipped: how many of its last updates were left out, in a row.
@@ -145,9 +147,12 @@ def fit(
   for step, batch, made_of in batches(first_step):
     prepared = prepare(step, batch)
     if step == first_step:
-      measured = _first_step(arms, live, prepared)
-    else:
-      measured = {name: _update(arms[name], prepared) for name in live}
+      _compile(arms, live, prepared)
+    measured = {}
+    for name in live:
+      arms[name].state, measured[name] = arms[name].step(
+        arms[name].state, prepared
+      )
     window.append((step, made_of, measured))
     done = step + 1
 
@@ -189,35 +194,25 @@ def fit(
       )
 
 
-def _update(arm: Arm, prepared: Tree) -> dict[str, jax.Array]:
-  """Takes one step; returns what it measured."""
-  arm.state, measured = arm.step(arm.state, prepared)
-  return measured
+def _compile(arms: Mapping[str, Arm], live: list[str], prepared: Tree) -> None:
+  """Compiles the programs of the arms side by side, if they can be lowered.
 
-
-def _first_step(
-  arms: Mapping[str, Arm], live: list[str], prepared: Tree
-) -> dict[str, dict[str, jax.Array]]:
-  """Takes a step of all arms, and compiles their programs side by side.
-
-  Compiling is most of it, and much of that uses one core. Several hosts do
-  the same things in the same order, as each waits for the others.
+  Compiling is most of a first step, and much of that uses one core. Traced is
+  here, as what JAX was told by contexts holds for one thread.
   """
-  if hosts.are_many():
-    return {name: _update(arms[name], prepared) for name in live}
-  firsts: dict[StepFn, str] = {}
-  for name in live:
-    firsts.setdefault(arms[name].step, name)
-  with futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-    begun = {
-      name: pool.submit(_update, arms[name], prepared)
-      for name in firsts.values()
-    }
-    measured = {name: future.result() for name, future in begun.items()}
-  for name in live:
-    if name not in measured:
-      measured[name] = _update(arms[name], prepared)
-  return {name: measured[name] for name in live}
+  steps = {arms[name].step: arms[name].state for name in live}
+  lowered = [
+    step.lower(state, prepared)
+    for step, state in steps.items()
+    if hasattr(step, "lower")
+  ]
+  pool = futures.ThreadPoolExecutor(COMPILED_AT_ONCE)
+  try:
+    for done in [pool.submit(finish) for finish in lowered]:
+      done.result()
+  finally:
+    # What has not begun when one fails, or somebody interrupts, is left.
+    pool.shutdown(cancel_futures=True)
 
 
 def _drop_diverged(

@@ -925,6 +925,42 @@ def test_a_teacher_of_no_epochs_is_as_it_was_drawn(folder, data_dir):
   jax.tree.map(np.testing.assert_array_equal, teacher.variables, drawn)
 
 
+def test_a_teacher_that_was_drawn_is_no_gate(folder, data_dir):
+  untrained = {**TEACHER, "training": {"epochs": 0.0, "learning_rate": 1.0}}
+  config = make_config(
+    data_dir,
+    teachers={"teacher_random": untrained},
+    distil_from=("teacher_random",),
+    arms={"patch_unet": {"methods": ("none",), "seeds": (0,)}},
+    training={"max_steps": 1, "learning_rate": 1e-2},
+  )
+  workdir = folder / "drawn"
+  experiment.run(config, workdir)
+  report = json.loads((workdir / "report.json").read_text())
+  assert report["teacher"] == ""
+  assert "teacher_random" in report["arms"]
+  assert "knows anything" in (workdir / "table.md").read_text()
+
+
+@pytest.mark.parametrize(
+  ("changes", "drawn"),
+  [
+    ({}, False),
+    ({"training": {"epochs": 0.0, "learning_rate": 1.0}}, True),
+    (
+      {
+        "training": {"epochs": 0.0, "learning_rate": 1.0},
+        "checkpoint": "runs/old/teachers/teacher_unet",
+      },
+      False,
+    ),
+  ],
+)
+def test_a_teacher_from_a_file_was_trained_there(changes, drawn, data_dir):
+  config = make_config(data_dir, teachers={"teacher": {**TEACHER, **changes}})
+  assert experiment.is_drawn(config.teachers.teacher) is drawn
+
+
 def test_a_teacher_of_another_shape_is_refused_by_its_leaf(
   finished, folder, data_dir
 ):

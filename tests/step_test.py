@@ -580,6 +580,36 @@ def test_each_shape_has_its_program_once_and_a_trace_needs_none():
     np.testing.assert_array_equal(function(weight, x), 10 * x)
   assert traces == [(1,), (2,)]
   x = np.ones((4, 3), np.float32)
-  assert jax.eval_shape(function, weight, x).shape == (4, 3)
+  function.lower(weight, x)()
+  np.testing.assert_array_equal(function(weight, x), 10 * x)
+  assert traces == [(1,), (2,), (3,)]
+  x = np.ones((4, 5), np.float32)
+  assert jax.eval_shape(function, weight, x).shape == (4, 5)
   with jax.disable_jit():
     np.testing.assert_array_equal(function(weight, x), 10 * x)
+
+
+def test_on_one_host_pmap_is_not_called_itself(monkeypatch):
+  pmap = jax.pmap
+
+  class Lowered:
+    def __init__(self, *arguments, **options):
+      self.lower = pmap(*arguments, **options).lower
+
+  monkeypatch.setattr(jax, "pmap", Lowered)
+  function = step_lib.parallel(
+    lambda w, x: w * x, replicated=1, out_replicated=False
+  )
+  for _ in range(2):
+    found = function(jnp.float32(3), np.arange(4, dtype=np.float32))
+    np.testing.assert_array_equal(found, [0, 3, 6, 9])
+
+
+def test_where_jax_looks_for_nans_it_says_so_as_ever():
+  function = step_lib.parallel(
+    lambda w, x: w / x, replicated=1, out_replicated=False
+  )
+  zeros = np.zeros(4, np.float32)
+  assert np.isnan(function(jnp.float32(0), zeros)).all()
+  with jax.debug_nans(True), pytest.raises(FloatingPointError, match="nan"):
+    function(jnp.float32(0), zeros)

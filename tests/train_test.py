@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import math
 import threading
+import time
 
 import jax.numpy as jnp
 import pytest
@@ -127,56 +128,56 @@ def test_every_arm_sees_every_prepared_batch_once():
   assert seen_second == seen_first
 
 
-def test_in_the_first_step_programs_are_compiled_side_by_side():
-  arms = {name: make_arm()[0] for name in ("none", "mbf")}
+def lowered(arm, compile_):
+  """Gives an arm's step a `lower`; what that returns is `compile_`."""
+  step, begun = arm.step, []
+
+  def with_lower(state, prepared):
+    return step(state, prepared)
+
+  def lower(state, prepared):
+    begun.append((threading.current_thread().name, prepared["at"]))
+    return compile_
+
+  with_lower.lower = lower
+  arm.step = with_lower
+  return begun
+
+
+def test_the_programs_of_the_first_step_are_compiled_side_by_side():
+  arms = {name: make_arm()[0] for name in ("none", "mbf", "kd")}
   met = threading.Barrier(2)
-  for arm in arms.values():
-    arm.step = _waiting(arm.step, met)
+  begun = [
+    lowered(arms[name], lambda: met.wait(timeout=60)) for name in ("none", "kd")
+  ]
   Course(arms).run(steps=3)
-  assert [int(arm.state.step) for arm in arms.values()] == [3, 3]
+  # Traced once each, here, where contexts of JAX hold.
+  assert begun == [[(threading.main_thread().name, 0)]] * 2
+  assert [int(arm.state.step) for arm in arms.values()] == [3, 3, 3]
 
 
-def _waiting(step, met):
-  """Each first call goes on when all of them have begun."""
-
-  def waiting(state, prepared):
-    if prepared["at"] == 0:
-      met.wait(timeout=60)
-    return step(state, prepared)
-
-  return waiting
+def test_arms_of_one_program_compile_it_once():
+  first, second = make_arm()[0], make_arm()[0]
+  compiled = []
+  begun = lowered(first, lambda: compiled.append(1))
+  second.step = first.step
+  Course({"seed0": first, "seed1": second}).run(steps=2)
+  assert len(begun) == len(compiled) == 1
 
 
-@pytest.mark.parametrize("hosts", ["one host", "several hosts"])
-def test_the_first_step_takes_one_program_once_at_a_time(hosts, monkeypatch):
-  """Arms of one program after each other; on several hosts, all of them."""
-  many = hosts == "several hosts"
-  monkeypatch.setattr(train.hosts, "are_many", lambda: many)
-  monkeypatch.setattr(train.hosts, "gather", lambda value: [value])
-  order, step = [], make_arm()[0].step
+def test_what_cannot_be_compiled_stops_the_run_and_the_other_programs():
+  compiled = []
 
-  def noted(state, prepared):
-    order.append((threading.current_thread().name, int(state.seed)))
-    return step(state, prepared)
-
-  arms = {}
-  for seed in range(3):
-    state = make_arm()[0].state.replace(seed=jnp.asarray(seed, jnp.int32))
-    arms[f"none-seed{seed}"] = train.Arm(state, noted)
-  Course(arms).run(steps=1)
-  assert [seed for _, seed in order] == [0, 1, 2]
-  main = threading.main_thread().name
-  assert [name == main for name, _ in order] == [many, True, True]
-
-
-def test_what_stops_one_first_step_stops_the_run():
-  def too_large(state, prepared):
+  def fail():
     raise MemoryError("out of memory")
 
-  arms = {"none": make_arm()[0], "mbf": make_arm()[0]}
-  arms["mbf"].step = too_large
+  arms = {f"arm{i}": make_arm()[0] for i in range(20)}
+  for i, arm in enumerate(arms.values()):
+    lowered(arm, (lambda: time.sleep(0.1) or compiled.append(1)) if i else fail)
   with pytest.raises(MemoryError, match="out of memory"):
     Course(arms).run()
+  assert len(compiled) <= 2 * train.COMPILED_AT_ONCE
+  assert all(int(arm.state.step) == 0 for arm in arms.values())
 
 
 def test_validates_and_saves_when_due_and_after_the_last_step():

@@ -15,7 +15,8 @@
         "checkpoint": "best validation Dice, every 2 epochs"
       },
       "arms": {"patch_unet_50k-none": {"parameters": 49532, "macs": 3.1e7}},
-      "teacher": "teacher-unetpp",    # the one that taught, for the gate
+      "teacher": "teacher-unetpp",    # the one that taught, for the gate; ""
+                                      # if it knows nothing: there is none
       "baseline": "none",             # the method the others are set against
       "primary": [                    # Holm's family; without it, all
         {"dataset": "isic2016_test", "arm": "patch_unet_50k-m2bf",
@@ -156,6 +157,9 @@ def merge_meta(metas: Sequence[Meta]) -> dict[str, Any]:
         known += [item for item in value if item not in known]
       elif isinstance(value, Mapping):
         _merge_into(merged.setdefault(key, {}), value, key)
+      elif key == "teacher" and not (value and merged.get(key)):
+        # A folder with a control's, which says nothing, takes the others'.
+        merged[key] = value or merged.get(key, "")
       elif merged.setdefault(key, value) != value:
         raise ValueError(_conflict(key, merged[key], value))
   return merged
@@ -504,14 +508,19 @@ def _gates(
 ) -> tuple[tuple[str, ...], list[str]]:
   """Gives the gate's lines, and a warning for each student that fails it."""
   teachers = [arm for arm in scored if _teacher(arm.arm)]
-  if meta.get("teacher"):
+  if "teacher" in meta:
     teachers = [arm for arm in teachers if arm.arm == meta["teacher"]]
   lines, failed = [], []
   for student in scored:
     if _teacher(student.arm) or student.arm != _baseline_of(student.arm, meta):
       continue
     if not teachers:
-      lines.append(f"Gate: unknown for {student.arm}; no teacher was scored.")
+      lines.append(
+        f"Gate: unknown for {student.arm}; no teacher was scored that knows "
+        "anything."
+        if meta.get("teacher") == ""
+        else f"Gate: unknown for {student.arm}; no teacher was scored."
+      )
     for teacher in teachers:
       gap = teacher.mean("dice") - student.mean("dice")
       # The difference of two means of decimals: .02 must count as .02.

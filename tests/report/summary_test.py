@@ -367,6 +367,14 @@ class TestGate:
     got = summary.summarize(make_arm(NONE, 0.89), FAST)
     assert "unknown" in got.gates["isic2016_test"][0]
 
+  def test_a_teacher_that_knows_nothing_need_not_be_ahead(self):
+    rows = make_arm(TEACHER, 0.3, seeds=1) + make_arm(NONE, 0.89)
+    got = summary.summarize(rows, {**FAST, "teacher": ""})
+    assert got.gates["isic2016_test"] == (
+      f"Gate: unknown for {NONE}; no teacher was scored that knows anything.",
+    )
+    assert not [w for w in got.warnings if "can show anything" in w]
+
   def test_the_named_teacher_decides_it(self):
     rows = make_arm("teacher-a", 0.93) + make_arm("teacher-b", 0.90)
     rows += make_arm(NONE, 0.89)
@@ -497,6 +505,12 @@ class TestMergeMeta:
       "notes": ["x", "y"],
       "teacher": "t",
     }
+
+  @pytest.mark.parametrize("order", [1, -1])
+  def test_a_control_of_the_teacher_takes_the_others_gate(self, order):
+    metas = [{"teacher": "t"}, {"teacher": ""}, {"notes": []}, {"teacher": "t"}]
+    assert summary.merge_meta(metas[::order])["teacher"] == "t"
+    assert summary.merge_meta([{"teacher": ""}] * 2)["teacher"] == ""
 
   def test_leaves_its_arguments_alone(self):
     one = {"arms": {"a": {"parameters": 1}}, "notes": ["x"]}
