@@ -932,7 +932,7 @@ def test_a_teacher_that_was_drawn_is_no_gate(folder, data_dir):
     teachers={"teacher_random": untrained},
     distil_from=("teacher_random",),
     arms={"patch_unet": {"methods": ("none",), "seeds": (0,)}},
-    training={"max_steps": 1, "learning_rate": 1e-2},
+    training={"epochs": 1.0, "max_steps": 1, "learning_rate": 1e-2},
   )
   workdir = folder / "drawn"
   experiment.run(config, workdir)
