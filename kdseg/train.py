@@ -201,15 +201,15 @@ def _compile(arms: Mapping[str, Arm], live: list[str], prepared: Tree) -> None:
   here, as what JAX was told by contexts holds for one thread.
   """
   steps = {arms[name].step: arms[name].state for name in live}
-  lowered = [
-    step.lower(state, prepared)
-    for step, state in steps.items()
-    if hasattr(step, "lower")
-  ]
   pool = futures.ThreadPoolExecutor(COMPILED_AT_ONCE)
   try:
-    for done in [pool.submit(finish) for finish in lowered]:
-      done.result()
+    begun = [
+      pool.submit(step.lower(state, prepared))
+      for step, state in steps.items()
+      if hasattr(step, "lower")
+    ]
+    for compiled in begun:
+      compiled.result()
   finally:
     # What has not begun when one fails, or somebody interrupts, is left.
     pool.shutdown(cancel_futures=True)
