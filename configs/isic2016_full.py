@@ -41,6 +41,8 @@ def get_config() -> ml_collections.ConfigDict:
   c = ml_collections.ConfigDict()
   c.seed = 0
   c.log_every = 50
+  # Of a student and method, by one program; 0: what suits the backend.
+  c.seeds_at_once = 0
 
   c.data = ml_collections.ConfigDict()
   c.data.name = "isic2016"

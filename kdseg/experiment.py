@@ -81,7 +81,7 @@ _KEYS = (
   *("seed", "log_every", "data", "augment", "segmentation", "encoder_weights"),
   *("teachers", "distil_from", "precompute_teacher", "taught_channels"),
   *("taught_averaging", "methods", "students", "arms", "training"),
-  *("evaluation", "[primary]"),
+  *("evaluation", "[primary]", "[seeds_at_once]"),
 )
 _DATA_KEYS = (
   *("name", "tests", "size", "batch_size", "manual_dir", "data_dir", "options"),
@@ -336,6 +336,7 @@ def check(
   try:
     _check_keys(config)
     _check_tests(config)
+    stage.seeds_at_once(config.get("seeds_at_once", 0))
     objective.check_segmentation(config.segmentation)
     plans = plan_arms(config)
     methods = {
@@ -624,6 +625,7 @@ def make_setting(config: ml_collections.ConfigDict) -> stage.Setting:
     augment=dict(config.augment),
     encoder_weights=config.encoder_weights,
     log_every=config.log_every,
+    seeds_at_once=stage.seeds_at_once(config.get("seeds_at_once", 0)),
   )
 
 
@@ -961,12 +963,14 @@ def enough_to_train(
     config: see `configs/`.
   """
   networks_ = "1 network" if count == 1 else f"{count} networks"
-  lower = "data.batch_size or data.size"
+  free, lower = "Free some", "data.batch_size or data.size"
   if count > 1:
     lower = "data.batch_size, data.size or the number of arms"
+    if make_setting(config).seeds_at_once > 1:
+      free += ", or lower seeds_at_once"
   return memory.enough(
     f"{name}: training {networks_} on batches of {config.data.batch_size}",
-    f"Free some, then the same command continues; or lower {lower}, in another "
+    f"{free}, then the same command continues; or lower {lower}, in another "
     "--workdir",
   )
 

@@ -110,17 +110,30 @@ def estimate(
         tap: np.ones(x.shape[-1], np.float32)
         for tap, x in prepared["taught"].items()
       }
-    with experiment.enough_to_train(what, 1, config):
-      # One kind a call, so that one arm at a time takes memory.
-      [arm] = stage.make_arms(
-        {what: contender}, setting, training, steps, deviations
-      ).values()
+    at_once = min(count, setting.seeds_at_once)
+    with experiment.enough_to_train(what, at_once, config):
+      # One kind a call, so that no more than one program takes memory.
+      arms = stage.make_arms(
+        {
+          str(seed): dataclasses.replace(contender, seed=seed)
+          for seed in range(at_once)
+        },
+        setting,
+        training,
+        steps,
+        deviations,
+      )
+      state, step = arms["0"].state, arms["0"].step
+      if at_once > 1:
+        state = step_lib.stack_states([arm.state for arm in arms.values()])
+        step = arms["0"].step_stacked
 
       def update() -> Tree:
-        arm.state, metrics = arm.step(arm.state, prepared)
+        nonlocal state
+        state, metrics = step(state, prepared)
         return metrics
 
-      seconds = _median(update, repeats)
+      seconds = _median(update, repeats) / at_once
     per_epoch = len(data.train) / batch
     validations = -(
       -steps // max(1, round(training.validate_epochs * per_epoch))

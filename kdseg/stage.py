@@ -39,6 +39,8 @@ _LOG = logging.getLogger("kdseg")
 LOWER_EVALUATION = (
   "Free some, or lower evaluation.batch_size, then the same command continues"
 )
+# Their activations take that many times the memory.
+SEEDS_ON_GPU = 8
 
 Tree = Any
 Computed = Mapping[str, Mapping[str, np.ndarray]]
@@ -125,6 +127,8 @@ class Setting:
     augment: options of `data.augment.augment`.
     encoder_weights: whether encoders start from published weights.
     log_every: steps between log lines.
+    seeds_at_once: how many seeds of a kind are updated by one program; see
+      `seeds_at_once`.
   """
 
   seed: int
@@ -135,6 +139,26 @@ class Setting:
   augment: Mapping[str, Any]
   encoder_weights: bool
   log_every: int
+  seeds_at_once: int = 1
+
+
+def seeds_at_once(wanted: int) -> int:
+  """Returns how many seeds of a kind are updated by one program here.
+
+  A small student leaves a GPU waiting for the processor that starts its
+  kernels; a program for several seeds starts hardly more of them than for one.
+  A CPU is busy with one, and several take it longer (convolutions with kernels
+  of their own become grouped ones). Not measured on a TPU.
+
+  Args:
+    wanted: so many; 0 for what suits the backend.
+
+  Raises:
+    ValueError: if it is below 0.
+  """
+  if wanted < 0:
+    raise ValueError(f"seeds_at_once must be 0 or more: {wanted}")
+  return wanted or (SEEDS_ON_GPU if jax.default_backend() == "gpu" else 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,6 +304,7 @@ def train_together(
         first_step=first_step,
         on_non_finite=training.on_non_finite,
         stop=hosts.share_question(stop),
+        at_once=setting.seeds_at_once,
       )
   if hosts.is_first():
     for name, arm in arms.items():
@@ -307,7 +332,7 @@ def make_arms(
   initializers: dict[Any, Callable[[jax.Array], Tree]] = {}
   distillers: dict[str, Callable[[jax.Array], Tree]] = {}
   initial: dict[str, Callable[[int], state_lib.TrainState]] = {}
-  compiled: dict[str, Callable[..., Any]] = {}
+  compiled: dict[str, tuple[train.StepFn, train.StepFn]] = {}
   arms: dict[str, train.Arm] = {}
   for name, contender in contenders.items():
     if contender.kind not in compiled:
@@ -330,24 +355,28 @@ def make_arms(
         terms=objective.balanced_names(contender.method),
         keep_average=training.average_decay > 0,
       )
-      compiled[contender.kind] = step_lib.parallel(
-        step_lib.make_train_step(
-          contender.network,
-          tx,
-          segmentation=contender.method.segmentation or setting.segmentation,
-          steps=steps,
-          method=contender.method,
-          distiller=contender.distiller,
-          teacher_std=deviations,
-          average_decay=training.average_decay,
-        ),
-        replicated=1,
-        out_replicated=True,
-        donate=True,
+      update = step_lib.make_train_step(
+        contender.network,
+        tx,
+        segmentation=contender.method.segmentation or setting.segmentation,
+        steps=steps,
+        method=contender.method,
+        distiller=contender.distiller,
+        teacher_std=deviations,
+        average_decay=training.average_decay,
       )
+      mapped = functools.partial(
+        step_lib.parallel, replicated=1, out_replicated=True, donate=True
+      )
+      compiled[contender.kind] = (
+        mapped(update),
+        mapped(jax.vmap(update, in_axes=(0, None))),
+      )
+    one, several = compiled[contender.kind]
     arms[name] = train.Arm(
       state=step_lib.replicate(initial[contender.kind](contender.seed)),
-      step=compiled[contender.kind],
+      step=one,
+      step_stacked=several,
     )
   return arms
 

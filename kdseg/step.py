@@ -8,6 +8,7 @@ the project knows how many devices there are.
 
 from collections.abc import Callable
 from collections.abc import Mapping
+from collections.abc import Sequence
 import functools
 from typing import Any
 
@@ -374,6 +375,22 @@ def replicate(tree: Tree, *, local: bool = False) -> Tree:
   mesh = jax.sharding.Mesh(np.array(devices), (AXIS,))
   everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   return jax.device_put(tree, everywhere)
+
+
+def stack_states(states: Sequence[TrainState]) -> TrainState:
+  """Returns one state with a leading axis, of the states of several arms."""
+  host = jax.device_get(list(states))
+  return replicate(jax.tree.map(lambda *x: np.stack(x), *host))
+
+
+def unstack_states(state: TrainState) -> list[TrainState]:
+  """Undoes `stack_states`."""
+  host = jax.device_get(state)
+  # Copies, as the next step uses up the memory of the stack.
+  return [
+    replicate(jax.tree.map(lambda x, i=i: np.array(x[i]), host))
+    for i in range(len(host.step))
+  ]
 
 
 def shard(batch: Tree) -> Tree:

@@ -1,8 +1,12 @@
-"""The loop: every arm of a run on the same batches, one after the other."""
+"""The loop: every arm of a run on the same batches.
+
+One arm after the other, or the seeds of a kind by one program.
+"""
 
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
+from collections.abc import Sequence
 from concurrent import futures
 import dataclasses
 import logging
@@ -16,14 +20,17 @@ import numpy as np
 from kdseg import checkpoint
 from kdseg import hosts
 from kdseg import state as state_lib
+from kdseg import step as step_lib
 from kdseg import stopping
 
 _LOG = logging.getLogger("kdseg")
 
 Tree = Any
 TrainState = state_lib.TrainState
-StepFn = Callable[[TrainState, Tree], tuple[TrainState, dict[str, jax.Array]]]
-
+Metrics = Mapping[str, jax.Array]
+StepFn = Callable[[TrainState, Tree], tuple[TrainState, Metrics]]
+# An arm and its metrics; or several, and theirs on a leading axis.
+Measured = tuple[str | tuple[str, ...], Metrics]
 
 # Updates in a row that may be left out; one more and nothing is learned.
 SKIPPED_AT_MOST = 20
@@ -42,7 +49,9 @@ class Arm:
   Attributes:
     state: replicated over the devices; what a checkpoint holds.
     step: its mapped update; with `lower`, see `step.parallel`, the programs of
-      several arms are compiled at once.
+      several arms are compiled at once. Arms of a kind have the same one.
+    step_stacked: the same for the states of several arms of that kind on a
+      leading axis, all on one batch; metrics come back with that axis.
     best: {"variables": host arrays, "score": validation, "step"}, or {}.
     diverged: why it stopped early, or "".
     skipped: how many of its last updates were left out, in a row.
@@ -50,9 +59,26 @@ class Arm:
 
   state: TrainState
   step: StepFn
+  step_stacked: StepFn | None = None
   best: dict[str, Any] = dataclasses.field(default_factory=dict)
   diverged: str = ""
   skipped: int = 0
+
+
+@dataclasses.dataclass
+class _Stack:
+  """Arms whose states are updated by one program.
+
+  Attributes:
+    names: of the arms, those that diverged too: of fewer, it would be another
+      program with other rounding.
+    step: their update.
+    state: theirs, on a leading axis.
+  """
+
+  names: tuple[str, ...]
+  step: StepFn
+  state: Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +137,7 @@ def fit(
   first_step: int = 0,
   on_non_finite: str = "stop",
   stop: stopping.Stop = stopping.never,
+  at_once: int = 1,
 ) -> None:
   """Trains all arms to the end, in place.
 
@@ -133,6 +160,9 @@ def fit(
       gradient; "skip" leaves that update out and goes on, unless
       `SKIPPED_AT_MOST` in a row were left out.
     stop: asked after every step; where it says yes, what was done is saved.
+    at_once: how many arms of a kind one program updates, if they have a
+      `step_stacked`. The states of the arms are brought up to date when they
+      are validated or saved.
 
   Raises:
     StoppedError: if `stop` says so before the last step.
@@ -142,23 +172,29 @@ def fit(
   check_on_non_finite(on_non_finite)
   total = schedule.steps
   live = [name for name, arm in arms.items() if not arm.diverged]
-  window: list[tuple[int, Mapping[str, Any], dict[str, Tree]]] = []
+  stacks = _stack(arms, live, at_once)
+  stacked = {name for stack in stacks for name in stack.names}
+  window: list[tuple[int, Mapping[str, Any], list[Measured]]] = []
   started, started_at, spent = time.monotonic(), first_step, 0.0
   for step, batch, made_of in batches(first_step):
     prepared = prepare(step, batch)
     if step == first_step:
-      _compile(arms, live, prepared)
-    measured = {}
+      _compile(arms, live, stacks, prepared)
+    measured: list[Measured] = []
+    for stack in stacks:
+      if any(name in live for name in stack.names):
+        stack.state, metrics = stack.step(stack.state, prepared)
+        measured.append((stack.names, metrics))
     for name in live:
-      arms[name].state, measured[name] = arms[name].step(
-        arms[name].state, prepared
-      )
+      if name not in stacked:
+        arms[name].state, metrics = arms[name].step(arms[name].state, prepared)
+        measured.append((name, metrics))
     window.append((step, made_of, measured))
     done = step + 1
 
     if done == started_at + 1:
       # The first step is mostly compilation: leave it out of the forecast.
-      jax.block_until_ready(measured)
+      jax.block_until_ready([metrics for _, metrics in measured])
       _LOG.info(
         "%s: first step after %s", stage, duration(time.monotonic() - started)
       )
@@ -167,7 +203,7 @@ def fit(
     stopping_now = done < total and stop()
     save_due = stopping_now or due(done, schedule.save_every, total)
     if due(done, schedule.log_every, total) or validation_due or save_due:
-      host = [(s, m, jax.device_get(values)) for s, m, values in window]
+      host = _fetch(window, live)
       window = []
       live = _drop_diverged(
         arms, live, host, stage, on_non_finite, save_bad_batch, log
@@ -178,6 +214,11 @@ def fit(
           f"{stage}: no arm is left at step {done}; "
           + "; ".join(f"{n}: {arm.diverged}" for n, arm in arms.items())
         )
+    if validation_due or save_due:
+      for stack in stacks:
+        states = step_lib.unstack_states(stack.state)
+        for name, state in zip(stack.names, states):
+          arms[name].state = state
     if validation_due:
       before = time.monotonic()
       for name in live:
@@ -194,18 +235,70 @@ def fit(
       )
 
 
-def _compile(arms: Mapping[str, Arm], live: list[str], prepared: Tree) -> None:
+def _stack(
+  arms: Mapping[str, Arm], live: Sequence[str], at_once: int
+) -> list[_Stack]:
+  """Returns stacks of up to `at_once` arms of a kind, none of one arm."""
+  kinds: dict[StepFn, list[str]] = {}
+  for name, arm in arms.items():
+    if arm.step_stacked is not None:
+      kinds.setdefault(arm.step_stacked, []).append(name)
+  stacks = []
+  for step, names in kinds.items():
+    for first in range(0, len(names), at_once):
+      chosen = names[first : first + at_once]
+      if len(chosen) > 1 and any(name in live for name in chosen):
+        state = step_lib.stack_states([arms[name].state for name in chosen])
+        stacks.append(_Stack(tuple(chosen), step, state))
+  return stacks
+
+
+def _fetch(
+  window: Sequence[tuple[int, Mapping[str, Any], Sequence[Measured]]],
+  live: Sequence[str],
+) -> list[tuple[int, Mapping[str, Any], dict[str, Metrics]]]:
+  """Fetches a window's metrics from the devices and sorts them by arm."""
+  fetched = jax.device_get(
+    [[metrics for _, metrics in measured] for _, _, measured in window]
+  )
+  sorted_ = []
+  for (step, made_of, measured), values in zip(window, fetched):
+    found: dict[str, Metrics] = {}
+    for (names, _), metrics in zip(measured, values):
+      if isinstance(names, str):
+        found[names] = metrics
+        continue
+      for place, name in enumerate(names):
+        if name in live:
+          found[name] = {key: x[place] for key, x in metrics.items()}
+    sorted_.append((step, made_of, found))
+  return sorted_
+
+
+def _compile(
+  arms: Mapping[str, Arm],
+  live: list[str],
+  stacks: Sequence[_Stack],
+  prepared: Tree,
+) -> None:
   """Compiles the programs of the arms side by side, if they can be lowered.
 
   Compiling is most of a first step, and much of that uses one core. Traced is
   here, as what JAX was told by contexts holds for one thread.
   """
-  steps = {arms[name].step: arms[name].state for name in live}
+  stacked = {name for stack in stacks for name in stack.names}
+  programs: dict[Any, tuple[StepFn, Tree]] = {
+    arms[name].step: (arms[name].step, arms[name].state)
+    for name in live
+    if name not in stacked
+  }
+  for stack in stacks:
+    programs[stack.step, len(stack.names)] = stack.step, stack.state
   pool = futures.ThreadPoolExecutor(COMPILED_AT_ONCE)
   try:
     begun = [
       pool.submit(step.lower(state, prepared))
-      for step, state in steps.items()
+      for step, state in programs.values()
       if hasattr(step, "lower")
     ]
     for compiled in begun:
@@ -218,7 +311,7 @@ def _compile(arms: Mapping[str, Arm], live: list[str], prepared: Tree) -> None:
 def _drop_diverged(
   arms: dict[str, Arm],
   live: list[str],
-  window: list[tuple[int, Mapping[str, Any], dict[str, Tree]]],
+  window: list[tuple[int, Mapping[str, Any], dict[str, Metrics]]],
   stage: str,
   on_non_finite: str,
   save_bad_batch: Callable[[str, int, Mapping[str, Any]], None],
@@ -280,7 +373,7 @@ def _report(
   done: int,
   total: int,
   live: list[str],
-  window: list[tuple[int, Mapping[str, Any], dict[str, Tree]]],
+  window: list[tuple[int, Mapping[str, Any], dict[str, Metrics]]],
   log: Callable[[Mapping[str, Any]], None],
   started: float,
   started_at: int,

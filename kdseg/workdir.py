@@ -35,7 +35,12 @@ PACKAGES = (
 # What a key has for a value that one of two configs does not have.
 ABSENT = object()
 # What may change within a run without changing its numbers.
-_FREE = ("evaluation.batch_size", "data.manual_dir", "data.data_dir")
+_FREE = (
+  *("evaluation.batch_size", "data.manual_dir", "data.data_dir"),
+  "seeds_at_once",
+)
+# What an earlier version did not have, or a config may leave out.
+_OPTIONAL = ("seeds_at_once",)
 
 
 class WorkdirError(RuntimeError):
@@ -69,9 +74,9 @@ def check_config(
   """Whether config.json says the same; checks that it is of the same run.
 
   Arms and methods may be added to a run, arms taken away, the primary family of
-  comparisons changed, the size of the evaluation's batches, which memory
-  decides, and where the data lie, which `check_data` knows by their content;
-  nothing else may change.
+  comparisons changed, the size of the evaluation's batches and how many seeds
+  are updated at once, which memory decides, and where the data lie, which
+  `check_data` knows by their content; nothing else may change.
 
   Raises:
     WorkdirError: that names the first key which differs.
@@ -92,7 +97,7 @@ def check_config(
       came_or_went = before is ABSENT or now is ABSENT
       if top in ("arms", "primary") or (whole_method and came_or_went):
         continue
-      if key in _FREE and not came_or_went:
+      if key in _FREE and (key in _OPTIONAL or not came_or_went):
         continue
       raise WorkdirError(_other_config(workdir, key, before, now))
     return old == new

@@ -257,6 +257,7 @@ def test_the_primary_family_is_written_down_with_what_chooses_in_it(
        "data": 4},
       "shuffles answers, which takes two images a device",
     ),
+    ({"seeds_at_once": -1}, "seeds_at_once must be 0 or more: -1"),
     (
       {"teachers": {"teacher_unet": {**TEACHER, "precompute": True}}},
       "teacher_unet.precompute: this network has no frozen block",
@@ -517,18 +518,24 @@ def test_scores_that_take_too_much_memory_go_on_in_smaller_batches(
   assert len(read_rows(workdir)) == 3 * 6
 
 
+@pytest.mark.parametrize(
+  ("at_once", "remedy"), [(0, ""), (2, ", or lower seeds_at_once")]
+)
 def test_a_training_that_takes_too_much_memory_says_what_to_lower(
-  finished, folder, monkeypatch
+  finished, folder, monkeypatch, at_once, remedy
 ):
-  workdir = copy(finished, folder / "wide", "config.json", "teachers")
+  workdir = copy(finished, folder / f"wide{at_once}", "config.json", "teachers")
   monkeypatch.setattr(experiment.stage.train, "fit", allocate_too_much)
+  config = finished.config.copy_and_resolve_references()
+  config.seeds_at_once = at_once
   with pytest.raises(
     memory.OutOfMemoryError,
     match=rf"^students: training 3 networks on batches of 8: {SAID}\. Free "
-    r"some, then the same command continues; or lower data\.batch_size, "
-    r"data\.size or the number of arms, in another --workdir$",
+    rf"some{remedy}, then the same command continues; or lower "
+    r"data\.batch_size, data\.size or the number of arms, in another "
+    r"--workdir$",
   ):
-    experiment.run(finished.config, workdir)
+    experiment.run(config, workdir)
 
 
 def test_a_validation_that_takes_too_much_memory_says_what_to_lower(

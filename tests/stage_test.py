@@ -212,7 +212,12 @@ def variables_of(folder):
   return checkpoint.load_variables(folder)[0]
 
 
-def test_contenders_train_stop_go_on_and_leave_their_best(tmp_path, caplog):
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_contenders_train_stop_go_on_and_leave_their_best(
+  tmp_path, caplog, at_once
+):
+  setting = dataclasses.replace(SETTING, seeds_at_once=at_once)
+
   def make(folder):
     return {
       "a": contender(folder / "a"),
@@ -220,17 +225,17 @@ def test_contenders_train_stop_go_on_and_leave_their_best(tmp_path, caplog):
     }
 
   whole, torn = tmp_path / "whole", tmp_path / "torn"
-  train_together(whole, make(whole))
+  train_together(whole, make(whole), setting=setting)
 
   def pull_the_plug(record):
     if record["step"] == 3:
       raise KeyboardInterrupt
 
   with pytest.raises(KeyboardInterrupt):
-    train_together(torn, make(torn), log=pull_the_plug)
+    train_together(torn, make(torn), setting=setting, log=pull_the_plug)
   assert not checkpoint.is_finished(torn / "a")
   with caplog.at_level("INFO", logger="kdseg"):
-    train_together(torn, make(torn))
+    train_together(torn, make(torn), setting=setting)
   assert "goes on from step 2 of 4" in caplog.text
   for name in "ab":
     jax.tree.map(
@@ -250,7 +255,7 @@ def test_contenders_train_stop_go_on_and_leave_their_best(tmp_path, caplog):
   assert (kernels[0] != kernels[1]).any()
 
   # A finished stage is passed over without a step.
-  assert train_together(torn, make(torn)) == []
+  assert train_together(torn, make(torn), setting=setting) == []
 
   # And its checkpoints are nobody else's.
   with pytest.raises(checkpoint.CheckpointError, match="holds the arms a, b"):
@@ -324,6 +329,72 @@ def test_an_arm_has_the_same_bits_alone_and_in_company(tmp_path):
     variables_of(alone / "a"),
     variables_of(company / "a"),
   )
+
+
+def test_seeds_at_once_are_what_they_are_one_by_one(tmp_path):
+  network = tiny.Network(2, axis_name=step_lib.AXIS)
+  teacher = tiny.Network(5)
+  weights = teacher.init(
+    jax.random.key(9), jnp.zeros((1, tiny.SIDE, tiny.SIDE, 3))
+  )
+  method = objective.make_method(
+    {"terms": {"mbf": 1.0, "kd": 1.0}, "taps": ("low",), "generator": "1x1"}
+  )
+  distiller, inputs = stage.make_distiller(
+    network, shapes(low=(8, 5)), method, size=tiny.SIDE
+  )
+  records = []
+  for at_once in (1, 2, 3):
+    folder = tmp_path / str(at_once)
+    records.append(
+      train_together(
+        folder,
+        {
+          str(seed): dataclasses.replace(
+            contender(folder / str(seed), network=network, seed=seed),
+            method=method,
+            distiller=distiller,
+            distiller_inputs=inputs,
+          )
+          for seed in range(3)
+        },
+        setting=dataclasses.replace(SETTING, seeds_at_once=at_once),
+        # Adam makes full steps of what is rounding noise.
+        training=dataclasses.replace(TRAINING, optimizer="sgd"),
+        teach=step_lib.make_teach(teacher, ("low",)),
+        teacher_variables=weights,
+      )
+    )
+    for seed in range(3):
+      jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5),
+        variables_of(folder / str(seed)),
+        variables_of(tmp_path / "1" / str(seed)),
+      )
+
+  def by_arm(log):
+    return sorted(log, key=lambda r: (r["arm"], r["step"], len(r)))
+
+  for stacked in records[1:]:
+    assert len(stacked) == len(records[0])
+    for a, b in zip(by_arm(stacked), by_arm(records[0])):
+      assert a.keys() == b.keys()
+      for key in a:
+        if isinstance(a[key], str):
+          assert a[key] == b[key]
+        else:
+          np.testing.assert_allclose(a[key], b[key], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("backend", "wanted", "expected"),
+  [("cpu", 0, 1), ("tpu", 0, 1), ("gpu", 0, 8), ("gpu", 1, 1), ("cpu", 3, 3)],
+)
+def test_the_backend_decides_how_many_seeds_where_nobody_does(
+  monkeypatch, backend, wanted, expected
+):
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  assert stage.seeds_at_once(wanted) == expected
 
 
 def test_one_that_diverges_says_why_and_saves_its_batch(tmp_path):

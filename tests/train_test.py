@@ -7,6 +7,7 @@ import threading
 import time
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from kdseg import state as state_lib
@@ -84,6 +85,37 @@ def make_arm(bad_steps=()):
   )
   arm = train.Arm(state, step)
   return arm, seen
+
+
+def make_kind(names, bad=()):
+  """Arms of one kind, by name; the batches that their one program has seen.
+
+  An arm's seed is its place, and its `task` that place plus the step. `bad` are
+  (place, step) whose loss is not finite.
+  """
+  seen = []
+
+  def step(state, prepared):
+    raise AssertionError("one program was to update all of them")
+
+  def step_stacked(state, prepared):
+    seen.append((prepared["at"], [int(place) for place in state.seed]))
+    params = {"network": {"w": state.params["network"]["w"] + 1}}
+    at, place = prepared["at"], np.asarray(state.seed)
+    sound = np.array([(int(i), at) not in bad for i in place])
+    metrics = {
+      "loss": np.where(sound, 2.0, np.nan),
+      "task": place + float(at),
+      "finite": sound.astype(float),
+    }
+    return state.replace(params=params, step=state.step + 1), metrics
+
+  arms = {}
+  for place, name in enumerate(names):
+    arm, _ = make_arm()
+    state = arm.state.replace(seed=jnp.asarray(place, jnp.int32))
+    arms[name] = train.Arm(state, step, step_stacked)
+  return arms, seen
 
 
 @pytest.mark.parametrize(
@@ -210,6 +242,76 @@ def test_a_best_from_before_a_stop_is_beaten_only_by_a_better_one():
   arm.best = {"variables": "old", "score": 0.8, "step": 1}
   Course({"x": arm}, {("x", 2): 0.7}).run(2)
   assert arm.best["variables"] == "old"
+
+
+def test_arms_of_a_kind_are_updated_by_one_program_on_every_batch():
+  kind, seen = make_kind("abc")
+  lone, seen_lone = make_arm()
+  course = Course({**kind, "x": lone}, {("b", 2): 0.9})
+  course.run(4, save_every=0, at_once=8)
+  assert seen == [(at, [0, 1, 2]) for at in range(4)]
+  assert [at for at, _ in seen_lone] == [0, 1, 2, 3]
+  # Each has its own metrics, weights and best.
+  assert course.of("c", "task") == [(2, 2.5), (4, 4.5)]
+  assert course.of("x", "task") == [(2, 1.5), (4, 3.5)]
+  assert [int(arm.state.step) for arm in kind.values()] == [4, 4, 4]
+  assert [int(arm.state.seed) for arm in kind.values()] == [0, 1, 2]
+  assert [arm.best["step"] for arm in kind.values()] == [2, 2, 2]
+  assert [arm.best["score"] for arm in kind.values()] == [0.5, 0.9, 0.5]
+
+
+def test_no_more_than_so_many_are_updated_at_once():
+  kind, seen = make_kind("abcd")
+  Course(kind).run(1, at_once=2)
+  assert seen == [(0, [0, 1]), (0, [2, 3])]
+
+
+def test_one_alone_of_its_kind_is_not_stacked():
+  kind, seen = make_kind("abc")
+  lone, seen_lone = make_arm()
+  kind["c"].step = lone.step
+  Course(kind).run(1, at_once=2)
+  assert seen == [(0, [0, 1])]
+  assert [at for at, _ in seen_lone] == [0]
+
+
+def test_one_that_diverges_among_its_kind_is_left_behind_alone():
+  kind, seen = make_kind("abc", bad=[(1, 2)])
+  course = Course(kind)
+  course.run(6, at_once=8)
+  assert kind["b"].diverged == "loss not finite at step 2, batch of a2, b2"
+  assert not kind["a"].diverged
+  assert not kind["c"].diverged
+  assert [(name, step) for name, step, _ in course.bad] == [("b", 2)]
+  # Of fewer, it would be another program.
+  assert all(places == [0, 1, 2] for _, places in seen)
+  assert ("b", 4) not in course.validated
+  assert ("c", 6) in course.validated
+
+
+def test_a_kind_that_diverged_is_not_updated_any_more():
+  kind, seen = make_kind("ab", bad=[(0, 1), (1, 1)])
+  lone, _ = make_arm()
+  Course({**kind, "x": lone}).run(6, at_once=8)
+  assert [at for at, _ in seen] == [0, 1]
+
+
+def test_after_a_stop_it_is_the_same_program_whoever_had_diverged():
+  kind, seen = make_kind("abc")
+  kind["b"].diverged = "loss not finite at step 1"
+  course = Course(kind)
+  course.run(4, first_step=2, save_every=0, at_once=8)
+  assert seen == [(2, [0, 1, 2]), (3, [0, 1, 2])]
+  assert {name for name, _ in course.validated} == {"a", "c"}
+  assert course.of("b", "task") == []
+
+
+def test_asked_to_stop_it_saves_what_one_program_has_done_for_all():
+  kind, _ = make_kind("ab")
+  course = Course(kind)
+  with pytest.raises(stopping.StoppedError):
+    course.run(6, every=0, save_every=0, at_once=8, stop=lambda: True)
+  assert [int(arm.state.step) for arm in kind.values()] == [1, 1]
 
 
 def test_logs_the_mean_of_the_interval_under_the_arm_and_the_step():

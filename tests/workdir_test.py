@@ -208,6 +208,18 @@ def test_the_batches_of_the_evaluation_may_change_size(tmp_path):
     workdir_lib.adopt_config(config, tmp_path)
 
 
+def test_how_many_seeds_are_updated_at_once_may_come_change_and_go(tmp_path):
+  config = make_config()
+  workdir_lib.adopt_config(config, tmp_path)
+  for at_once in (0, 4):
+    config.seeds_at_once = at_once
+    workdir_lib.adopt_config(config, tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["seeds_at_once"] == at_once
+  workdir_lib.adopt_config(make_config(), tmp_path)
+  assert "seeds_at_once" not in (tmp_path / "config.json").read_text()
+
+
 def test_differences_name_nested_keys():
   old = {"a": {"b": 1, "c": 2}, "d": [1]}
   new = {"a": {"b": 1, "c": 3}, "d": [1, 2], "e": 0}

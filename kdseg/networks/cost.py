@@ -10,6 +10,10 @@ import jax.numpy as jnp
 
 from kdseg.networks import layers
 
+# Inner programs that resize, by name: this project's and `jax.image`'s. Where
+# they are products with a matrix of weights, those would be counted.
+_RESIZING = ("upsample_2x", "resize_bilinear", "_resize")
+
 
 def count_macs(network: nn.Module, *, size: int) -> int:
   """Counts the multiply-accumulates of one forward pass of one image.
@@ -57,6 +61,8 @@ def count_macs(network: nn.Module, *, size: int) -> int:
 def _count(jaxpr: Any) -> int:
   total = 0
   for equation in jaxpr.eqns:
+    if equation.params.get("name") in _RESIZING:
+      continue
     for value in equation.params.values():
       for inner in value if isinstance(value, tuple | list) else (value,):
         inner = getattr(inner, "jaxpr", inner)

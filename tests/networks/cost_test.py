@@ -1,4 +1,8 @@
+import functools
+from typing import Any
+
 from flax import linen as nn
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -9,7 +13,7 @@ from kdseg.networks import layers
 class One(nn.Module):
   """A network of one layer."""
 
-  layer: nn.Module
+  layer: Any
 
   def __call__(self, image, train=False):
     return {"logits": self.layer(image)}
@@ -65,14 +69,21 @@ def test_inner_programs_are_counted():
   assert cost.count_macs(Twice(), size=8) == 2 * 8 * 8 * 3 * 27
 
 
-class Free(nn.Module):
-  """What is left out by convention."""
-
-  @nn.compact
-  def __call__(self, image, train=False):
-    x = nn.BatchNorm(use_running_average=True)(image)
-    return {"logits": layers.upsample_2x(nn.relu(x))}
+def bicubic(x):
+  return jax.image.resize(x, (1, 16, 16, x.shape[-1]), "bicubic")
 
 
-def test_norms_activations_and_resizing_are_free():
-  assert cost.count_macs(Free(), size=8) == 0
+@pytest.mark.parametrize(
+  "layer",
+  [
+    nn.BatchNorm(use_running_average=True),
+    nn.relu,
+    functools.partial(layers.upsample_2x, implementation="cpu"),
+    functools.partial(layers.upsample_2x, implementation="portable"),
+    functools.partial(layers.upsample, factor=4, implementation="portable"),
+    functools.partial(layers.resize_bilinear, height=12, width=12),
+    bicubic,
+  ],
+)
+def test_norms_activations_and_resizing_are_free(layer):
+  assert cost.count_macs(One(layer), size=8) == 0
