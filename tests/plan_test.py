@@ -93,7 +93,7 @@ def test_leaves_the_workdir_as_it_is(items, folder):
 def test_what_is_there_already_is_not_counted(config, folder, at_once):
   config = config.copy_and_resolve_references()
   config.seeds_at_once = at_once
-  workdir = folder / "half"
+  workdir = folder / f"half{at_once}"
   arrays = {"params": {"x": np.zeros(1)}}
   checkpoint.save_variables(workdir / "teachers" / "teacher_vit", arrays, {})
   for seed in (0, 1, 2):
