@@ -934,7 +934,9 @@ def train_arms(
       )
       for plan in group
     }
-    with enough_to_train("students", len(group), config):
+    alike = max(collections.Counter(plan.arm for plan in group).values())
+    at_once = min(setting.seeds_at_once, alike)
+    with enough_to_train("students", len(group), config, at_once):
       stage.train_together(
         "students",
         contenders,
@@ -953,7 +955,7 @@ def train_arms(
 
 
 def enough_to_train(
-  name: str, count: int, config: ml_collections.ConfigDict
+  name: str, count: int, config: ml_collections.ConfigDict, at_once: int = 1
 ) -> contextlib.AbstractContextManager[None]:
   """Says what to lower, if there is not enough memory for a stage.
 
@@ -961,13 +963,14 @@ def enough_to_train(
     name: of the stage.
     count: of the networks that are trained together.
     config: see `configs/`.
+    at_once: how many of them one program updates, at most.
   """
   networks_ = "1 network" if count == 1 else f"{count} networks"
   free, lower = "Free some", "data.batch_size or data.size"
   if count > 1:
     lower = "data.batch_size, data.size or the number of arms"
-    if make_setting(config).seeds_at_once > 1:
-      free += ", or lower seeds_at_once"
+  if at_once > 1:
+    free += f", or set seeds_at_once to less than {at_once} (1: one by one)"
   return memory.enough(
     f"{name}: training {networks_} on batches of {config.data.batch_size}",
     f"{free}, then the same command continues; or lower {lower}, in another "

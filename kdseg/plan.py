@@ -1,5 +1,6 @@
 """What an experiment will cost, measured before it starts."""
 
+import collections
 from collections.abc import Callable
 from collections.abc import Sequence
 import dataclasses
@@ -95,6 +96,45 @@ def estimate(
       given = step_lib.shard({"image": image})
       return _median(lambda: predict(held, given), repeats)
 
+  def time_updates(
+    what: str,
+    contender: stage.Contender,
+    training: stage.Training,
+    prepared: Tree,
+    steps: int,
+    seeds: int,
+  ) -> float:
+    """Returns the seconds of an update of so many seeds by one program."""
+    deviations = None
+    if contender.method.normalise == "std":
+      deviations = {
+        tap: np.ones(x.shape[-1], np.float32)
+        for tap, x in prepared["taught"].items()
+      }
+    with experiment.enough_to_train(what, seeds, config, seeds):
+      # One kind a call, so that no more than one program takes memory.
+      arms = stage.make_arms(
+        {
+          str(seed): dataclasses.replace(contender, seed=seed)
+          for seed in range(seeds)
+        },
+        setting,
+        training,
+        steps,
+        deviations,
+      )
+      state, step = arms["0"].state, arms["0"].step
+      if seeds > 1:
+        state = step_lib.stack_states([arm.state for arm in arms.values()])
+        step = arms["0"].step_stacked
+
+      def update() -> Tree:
+        nonlocal state
+        state, metrics = step(state, prepared)
+        return metrics
+
+      return _median(update, repeats)
+
   def time_training(
     what: str,
     contender: stage.Contender,
@@ -104,43 +144,21 @@ def estimate(
     count: int = 1,
   ) -> list[Item]:
     steps = training.steps(len(data.train), batch)
-    deviations = None
-    if contender.method.normalise == "std":
-      deviations = {
-        tap: np.ones(x.shape[-1], np.float32)
-        for tap, x in prepared["taught"].items()
-      }
     at_once = min(count, setting.seeds_at_once)
-    with experiment.enough_to_train(what, at_once, config):
-      # One kind a call, so that no more than one program takes memory.
-      arms = stage.make_arms(
-        {
-          str(seed): dataclasses.replace(contender, seed=seed)
-          for seed in range(at_once)
-        },
-        setting,
-        training,
-        steps,
-        deviations,
-      )
-      state, step = arms["0"].state, arms["0"].step
-      if at_once > 1:
-        state = step_lib.stack_states([arm.state for arm in arms.values()])
-        step = arms["0"].step_stacked
-
-      def update() -> Tree:
-        nonlocal state
-        state, metrics = step(state, prepared)
-        return metrics
-
-      seconds = _median(update, repeats) / at_once
+    stacks = collections.Counter([at_once] * (count // at_once))
+    if count % at_once:
+      stacks[count % at_once] += 1
+    seconds = sum(
+      number * time_updates(what, contender, training, prepared, steps, seeds)
+      for seeds, number in stacks.items()
+    )
     per_epoch = len(data.train) / batch
     validations = -(
       -steps // max(1, round(training.validate_epochs * per_epoch))
     )
     passes = -(-len(data.validation) // evaluated)
     return [
-      Item(f"{what}: steps of {batch}", count * steps, seconds),
+      Item(f"{what}: steps of {batch}", count * steps, seconds / count),
       Item(
         f"{what}: validation, passes of {evaluated}",
         count * validations * passes,

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import operator
 import pathlib
 from typing import Any
 
@@ -148,17 +149,22 @@ def seeds_at_once(wanted: int) -> int:
   A small student leaves a GPU waiting for the processor that starts its
   kernels; a program for several seeds starts hardly more of them than for one.
   A CPU is busy with one, and several take it longer (convolutions with kernels
-  of their own become grouped ones). Not measured on a TPU.
+  of their own become grouped ones). Not measured on a TPU, nor on several
+  hosts, which would have to agree on every array whenever arms are validated.
 
   Args:
     wanted: so many; 0 for what suits the backend.
 
   Raises:
     ValueError: if it is below 0.
+    TypeError: if it is no integer.
   """
-  if wanted < 0:
+  if operator.index(wanted) < 0:
     raise ValueError(f"seeds_at_once must be 0 or more: {wanted}")
-  return wanted or (SEEDS_ON_GPU if jax.default_backend() == "gpu" else 1)
+  if wanted:
+    return wanted
+  alone = jax.default_backend() != "gpu" or hosts.are_many()
+  return 1 if alone else SEEDS_ON_GPU
 
 
 @dataclasses.dataclass(frozen=True)

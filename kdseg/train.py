@@ -174,6 +174,10 @@ def fit(
   live = [name for name, arm in arms.items() if not arm.diverged]
   stacks = _stack(arms, live, at_once)
   stacked = {name for stack in stacks for name in stack.names}
+  if stacks:
+    _LOG.info(
+      "%s: %d arms updated by %d programs", stage, len(stacked), len(stacks)
+    )
   window: list[tuple[int, Mapping[str, Any], list[Measured]]] = []
   started, started_at, spent = time.monotonic(), first_step, 0.0
   for step, batch, made_of in batches(first_step):

@@ -34,7 +34,7 @@ PACKAGES = (
 
 # What a key has for a value that one of two configs does not have.
 ABSENT = object()
-# What may change within a run without changing its numbers.
+# What may change within a run: its numbers stay, up to rounding.
 _FREE = (
   *("evaluation.batch_size", "data.manual_dir", "data.data_dir"),
   "seeds_at_once",

@@ -258,6 +258,7 @@ def test_the_primary_family_is_written_down_with_what_chooses_in_it(
       "shuffles answers, which takes two images a device",
     ),
     ({"seeds_at_once": -1}, "seeds_at_once must be 0 or more: -1"),
+    ({"seeds_at_once": 2.0}, "a value is of another kind than it has to be"),
     (
       {"teachers": {"teacher_unet": {**TEACHER, "precompute": True}}},
       "teacher_unet.precompute: this network has no frozen block",
@@ -519,7 +520,12 @@ def test_scores_that_take_too_much_memory_go_on_in_smaller_batches(
 
 
 @pytest.mark.parametrize(
-  ("at_once", "remedy"), [(0, ""), (2, ", or lower seeds_at_once")]
+  ("at_once", "remedy"),
+  [
+    (0, ""),
+    (2, r", or set seeds_at_once to less than 2 \(1: one by one\)"),
+    (9, r", or set seeds_at_once to less than 3 \(1: one by one\)"),
+  ],
 )
 def test_a_training_that_takes_too_much_memory_says_what_to_lower(
   finished, folder, monkeypatch, at_once, remedy
@@ -527,6 +533,7 @@ def test_a_training_that_takes_too_much_memory_says_what_to_lower(
   workdir = copy(finished, folder / f"wide{at_once}", "config.json", "teachers")
   monkeypatch.setattr(experiment.stage.train, "fit", allocate_too_much)
   config = finished.config.copy_and_resolve_references()
+  config.arms.patch_unet = {"methods": ("none",), "seeds": (0, 1, 2)}
   config.seeds_at_once = at_once
   with pytest.raises(
     memory.OutOfMemoryError,

@@ -117,6 +117,17 @@ def test_what_is_there_already_is_not_counted(config, folder, at_once):
   }
 
 
+def test_seeds_of_one_program_cost_what_that_takes(config, folder, monkeypatch):
+  config = config.copy_and_resolve_references()
+  config.seeds_at_once = 2
+  config.arms.patch_unet = {"methods": ("none",), "seeds": (0, 1, 2)}
+  monkeypatch.setattr(plan, "_median", lambda function, repeats: 1.0)
+  items = plan.estimate(config, folder / "run", repeats=1)
+  [item] = [i for i in items if i.what == "patch_unet-none x 3: steps of 8"]
+  # Six steps, each a program of two and one of one.
+  assert item.total == pytest.approx(6 * 2.0)
+
+
 @pytest.mark.long
 def test_a_method_that_normalises_by_the_teacher_is_timed_too(config, folder):
   config = config.copy_and_resolve_references()

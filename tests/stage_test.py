@@ -212,9 +212,31 @@ def variables_of(folder):
   return checkpoint.load_variables(folder)[0]
 
 
-@pytest.mark.parametrize("at_once", [1, 2])
+@pytest.fixture
+def lone_updates(monkeypatch):
+  """Lists the updates of arms that no stack has, as they are made."""
+  made, make_arms = [], stage.make_arms
+
+  def counted(update):
+    def call(state, prepared):
+      made.append(int(state.seed))
+      return update(state, prepared)
+
+    return call
+
+  def make(*arguments):
+    arms = make_arms(*arguments)
+    for arm in arms.values():
+      arm.step = counted(arm.step)
+    return arms
+
+  monkeypatch.setattr(stage, "make_arms", make)
+  return made
+
+
+@pytest.mark.parametrize(("at_once", "lone"), [(1, {0, 1}), (2, set())])
 def test_contenders_train_stop_go_on_and_leave_their_best(
-  tmp_path, caplog, at_once
+  tmp_path, caplog, lone_updates, at_once, lone
 ):
   setting = dataclasses.replace(SETTING, seeds_at_once=at_once)
 
@@ -253,6 +275,8 @@ def test_contenders_train_stop_go_on_and_leave_their_best(
     variables_of(whole / name)["params"]["head"]["kernel"] for name in "ab"
   ]
   assert (kernels[0] != kernels[1]).any()
+
+  assert set(lone_updates) == lone
 
   # A finished stage is passed over without a step.
   assert train_together(torn, make(torn), setting=setting) == []
@@ -331,7 +355,7 @@ def test_an_arm_has_the_same_bits_alone_and_in_company(tmp_path):
   )
 
 
-def test_seeds_at_once_are_what_they_are_one_by_one(tmp_path):
+def test_seeds_at_once_are_what_they_are_one_by_one(tmp_path, lone_updates):
   network = tiny.Network(2, axis_name=step_lib.AXIS)
   teacher = tiny.Network(5)
   weights = teacher.init(
@@ -344,8 +368,9 @@ def test_seeds_at_once_are_what_they_are_one_by_one(tmp_path):
     network, shapes(low=(8, 5)), method, size=tiny.SIDE
   )
   records = []
-  for at_once in (1, 2, 3):
+  for at_once, lone in ((1, [0, 1, 2] * 4), (2, [2] * 4), (3, [])):
     folder = tmp_path / str(at_once)
+    lone_updates.clear()
     records.append(
       train_together(
         folder,
@@ -365,6 +390,7 @@ def test_seeds_at_once_are_what_they_are_one_by_one(tmp_path):
         teacher_variables=weights,
       )
     )
+    assert lone_updates == lone
     for seed in range(3):
       jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5),
@@ -386,14 +412,69 @@ def test_seeds_at_once_are_what_they_are_one_by_one(tmp_path):
           np.testing.assert_allclose(a[key], b[key], rtol=1e-3, atol=1e-5)
 
 
+def test_one_that_diverges_among_its_kind_changes_nothing_for_the_others(
+  tmp_path, monkeypatch
+):
+  make_arms, sick = stage.make_arms, {"b"}
+
+  def poison(*arguments):
+    arms = make_arms(*arguments)
+    for name in sick:
+      state = jax.tree.map(np.asarray, arms[name].state)
+      params = jax.tree.map(lambda x: x * np.nan, state.params)
+      arms[name].state = step_lib.replicate(state.replace(params=params))
+    return arms
+
+  monkeypatch.setattr(stage, "make_arms", poison)
+
+  def run(folder, **options):
+    train_together(
+      folder,
+      {n: contender(folder / n, seed=i) for i, n in enumerate("abc")},
+      setting=dataclasses.replace(SETTING, seeds_at_once=3),
+      **options,
+    )
+
+  def pull_the_plug(record):
+    if record["step"] == 3:
+      raise KeyboardInterrupt
+
+  whole, torn, sound = (tmp_path / n for n in ("whole", "torn", "sound"))
+  run(whole)
+  with pytest.raises(KeyboardInterrupt):
+    run(torn, log=pull_the_plug)
+  run(torn)
+  sick.clear()
+  run(sound)
+  for folder in (whole, torn):
+    for name in "ac":
+      jax.tree.map(
+        np.testing.assert_array_equal,
+        variables_of(folder / name),
+        variables_of(sound / name),
+      )
+    about = json.loads((folder / "b" / "failed.json").read_text())
+    assert "not finite at step 0" in about["diverged"]
+  assert checkpoint.is_finished(sound / "b")
+
+
 @pytest.mark.parametrize(
-  ("backend", "wanted", "expected"),
-  [("cpu", 0, 1), ("tpu", 0, 1), ("gpu", 0, 8), ("gpu", 1, 1), ("cpu", 3, 3)],
+  ("backend", "hosts", "wanted", "expected"),
+  [
+    ("cpu", 1, 0, 1),
+    ("tpu", 1, 0, 1),
+    ("gpu", 1, 0, 8),
+    ("gpu", 2, 0, 1),
+    ("gpu", 1, 1, 1),
+    ("gpu", 2, 4, 4),
+    ("cpu", 1, 3, 3),
+  ],
 )
 def test_the_backend_decides_how_many_seeds_where_nobody_does(
-  monkeypatch, backend, wanted, expected
+  monkeypatch, backend, hosts, wanted, expected
 ):
   monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  monkeypatch.setattr(jax, "process_count", lambda: hosts)
   assert stage.seeds_at_once(wanted) == expected
 
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from kdseg.networks import layers
 
-# Inner programs that resize, by name: this project's and `jax.image`'s. Where
-# they are products with a matrix of weights, those would be counted.
+# Inner programs that resize, by name: this project's and `jax.image`'s. On some
+# backends, and in some versions, they are products with a matrix of weights.
 _RESIZING = ("upsample_2x", "resize_bilinear", "_resize")
 
 
@@ -19,7 +19,8 @@ def count_macs(network: nn.Module, *, size: int) -> int:
   """Counts the multiply-accumulates of one forward pass of one image.
 
   Those of convolutions and matrix products; norms, activations, pooling and
-  resizing are left out, as is usual. FLOPs are twice as many.
+  resizing are left out, as is usual, but for PSPNet's pooling into cells of
+  uneven size, which is a product. FLOPs are twice as many.
 
   Args:
     network: called as `network(image, train=False)`.
@@ -58,18 +59,17 @@ def count_macs(network: nn.Module, *, size: int) -> int:
   return _count(program.jaxpr) + shifted
 
 
-def _count(jaxpr: Any) -> int:
+def _count(jaxpr: Any, resizing: bool = False) -> int:
   total = 0
   for equation in jaxpr.eqns:
-    if equation.params.get("name") in _RESIZING:
-      continue
+    within = resizing or equation.params.get("name") in _RESIZING
     for value in equation.params.values():
       for inner in value if isinstance(value, tuple | list) else (value,):
         inner = getattr(inner, "jaxpr", inner)
         if hasattr(inner, "eqns"):
-          total += _count(inner)
+          total += _count(inner, within)
     name = equation.primitive.name
-    if name == "dot_general":
+    if name == "dot_general" and not resizing:
       (contracted, _), _ = equation.params["dimension_numbers"]
       left = equation.invars[0].aval.shape
       total += equation.outvars[0].aval.size * math.prod(

@@ -87,3 +87,18 @@ def bicubic(x):
 )
 def test_norms_activations_and_resizing_are_free(layer):
   assert cost.count_macs(One(layer), size=8) == 0
+
+
+class Named(nn.Module):
+  """A layer in a function that has the name of one that resizes."""
+
+  @nn.compact
+  def __call__(self, image, train=False):
+    def _resize(module, x):
+      return layers.Conv(3, 3)(x)
+
+    return {"logits": nn.jit(_resize)(self, image)}
+
+
+def test_a_convolution_is_counted_whatever_its_function_is_called():
+  assert cost.count_macs(Named(), size=8) == 8 * 8 * 3 * 27
