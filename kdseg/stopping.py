@@ -10,7 +10,9 @@ from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
 import logging
+import os
 import signal
+import socket
 import threading
 from typing import Any
 
@@ -36,6 +38,10 @@ def never() -> bool:
 def on_signals() -> Iterator[Stop]:
   """Yields a function that says whether SIGTERM or SIGINT came.
 
+  A second one ends the process, with the exit code of a shell, 128 and the
+  signal's number: nothing that is being written is lost by that, see
+  `docs/failures.md`.
+
   Outside the main thread, where Python lets nobody listen to signals, it never
   does; nor of a signal that was ignored before, as Ctrl-C is in the background
   of a shell.
@@ -46,25 +52,48 @@ def on_signals() -> Iterator[Stop]:
     return
 
   def note(number: int, frame: Any) -> None:
-    del frame
+    del number, frame
     asked.set()
-    for other, handler in before.items():
-      signal.signal(other, handler)
-    _LOG.warning(
-      "%s: stopping as soon as what was done is saved; once more stops at once",
-      signal.Signals(number).name,
-    )
 
-  before = {
-    number: signal.signal(number, note)
-    for number in SIGNALS
-    if signal.getsignal(number) != signal.SIG_IGN
-  }
-  try:
-    yield asked.is_set
-  finally:
+  def watch() -> None:
+    # Python calls handlers between its own instructions alone: of a main thread
+    # that waits for a compiler, or for a host that hangs, nobody would hear.
+    seen = False
+    while received := ours.recv(1):
+      if received[0] not in before:
+        continue
+      if seen:
+        # No flush, which could wait for the main thread.
+        os.write(2, b"kdseg: ended; the same command continues\n")
+        os._exit(128 + received[0])
+      seen = True
+      asked.set()
+      _LOG.warning(
+        "%s: stopping as soon as what was done is saved; once more stops at "
+        "once",
+        signal.Signals(received[0]).name,
+      )
+
+  with contextlib.ExitStack() as stack:
+    ours, theirs = socket.socketpair()
+    stack.callback(ours.close)
+    theirs.setblocking(False)
+    before = {
+      number: signal.getsignal(number)
+      for number in SIGNALS
+      if signal.getsignal(number) != signal.SIG_IGN
+    }
+    watcher = threading.Thread(target=watch, name="signals", daemon=True)
+    watcher.start()
+    stack.callback(watcher.join)
+    # Closed, it ends the watcher.
+    stack.callback(theirs.close)
+    woken = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+    stack.callback(signal.set_wakeup_fd, woken)
     for number, handler in before.items():
-      signal.signal(number, handler)
+      signal.signal(number, note)
+      stack.callback(signal.signal, number, handler)
+    yield asked.is_set
 
 
 def check(stop: Stop, what: str) -> None:

@@ -10,6 +10,7 @@ For determinism_test and hosts_test. How many devices there are, XLA_FLAGS says.
 import argparse
 import json
 import pathlib
+import signal
 import sys
 
 import tiny
@@ -44,6 +45,8 @@ def main():
   parser.add_argument("--hosts", type=int, default=0)
   parser.add_argument("--host", type=int, default=-1)
   options = parser.parse_args()
+  # As in a terminal: in the background of a shell it is ignored.
+  signal.signal(signal.SIGINT, signal.default_int_handler)
   if options.coordinator:
     hosts.start(options.coordinator, options.hosts, options.host, timeout=30)
   networks.NETWORKS["tiny"] = networks.STUDENTS["tiny"] = tiny.Network

@@ -249,6 +249,34 @@ def test_a_host_that_dies_makes_the_other_stop(brief, tmp_path, dead):
 
 
 @long
+@pytest.mark.parametrize("hung", [0, 1])
+def test_a_second_ctrl_c_ends_a_host_that_waits_for_one_that_hangs(
+  brief, tmp_path, hung
+):
+  _, data = brief
+  pair = start_brief(tmp_path, data)
+  began = tmp_path / "host0" / "log.jsonl"
+  deadline = time.monotonic() + TIMEOUT
+  while not began.exists() and time.monotonic() < deadline:
+    time.sleep(0.02)
+  pair[hung].send_signal(signal.SIGSTOP)
+  # It comes to where it waits.
+  time.sleep(3)
+  asked = time.monotonic()
+  for _ in range(2):
+    pair[1 - hung].send_signal(signal.SIGINT)
+    time.sleep(0.5)
+  code, out = end(pair[1 - hung])
+  assert code == 128 + signal.SIGINT, out[-3000:]
+  assert "kdseg: ended; the same command continues" in out
+  # Half a minute of silence would end it too.
+  assert time.monotonic() - asked < 10
+  pair[hung].send_signal(signal.SIGCONT)
+  code, out = end(pair[hung])
+  assert code != 0, out[-3000:]
+
+
+@long
 def test_an_error_of_one_host_makes_the_other_stop_soon(brief, tmp_path):
   _, data = brief
   (tmp_path / "host0").mkdir()

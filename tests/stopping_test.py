@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -25,12 +27,49 @@ def test_the_first_signal_only_leaves_word(number):
     assert stop()
 
 
-def test_the_second_signal_ends_it_at_once():
+# Waits as for a compiler: outside of Python, and no signal interrupts it.
+DEAF = """
+import ctypes, logging, signal, sys
+from kdseg import stopping
+logging.basicConfig(stream=sys.stdout, format="%(message)s")
+# In the background of a shell it would be ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, (ctypes.c_long * 16)()
+lock(mutex)
+with stopping.on_signals():
+  print("ready", flush=True)
+  lock(mutex)
+"""
+
+
+@pytest.mark.parametrize(
+  ("first", "second"), [("SIGINT", "SIGINT"), ("SIGTERM", "SIGINT"),
+                        ("SIGINT", "SIGTERM")]
+)  # fmt: skip
+def test_the_second_signal_ends_it_at_once_whatever_it_waits_for(first, second):
+  process = subprocess.Popen(
+    [sys.executable, "-c", DEAF], stdout=subprocess.PIPE, text=True
+  )
+  try:
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.Signals[first])
+    said = process.stdout.readline()
+    assert said.startswith(f"{first}: stopping as soon as what was done is")
+    process.send_signal(signal.Signals[second])
+    assert process.wait(timeout=50) == 128 + signal.Signals[second]
+  finally:
+    process.kill()
+    process.communicate()
+
+
+def test_nothing_is_left_of_it():
+  threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
   with stopping.on_signals() as stop:
     os.kill(os.getpid(), signal.SIGTERM)
     assert stop()
-    with pytest.raises(KeyboardInterrupt):
-      os.kill(os.getpid(), signal.SIGINT)
+  assert threading.active_count() == threads
+  assert len(os.listdir("/proc/self/fd")) == files
+  assert signal.set_wakeup_fd(-1) == -1
 
 
 def test_a_signal_that_was_ignored_stays_so():
