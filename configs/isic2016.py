@@ -19,8 +19,9 @@ Variants:
                                               the validation images alone
   --config configs/isic2016.py:comparison     every rival and control on the
                                               small student, five seeds
-  --config configs/isic2016.py:why            MBF and M2BF at other weights and
-                                              widths, on the small student,
+  --config configs/isic2016.py:why            MBF and M2BF at other weights,
+                                              widths and taps, on the small
+                                              student,
                                               scored on the validation images
                                               alone
   --config configs/isic2016.py:random         MBF and M2BF from a teacher as it
@@ -100,6 +101,9 @@ WHY = {
   "mbf_narrow": {**BAND, "radius": 3.0},
   "mbf_broad": {**BAND, "radius": 8.0},
   "mbf_all_hidden": COMPARISON["mbf_all_hidden"],
+  # The decoders' maps at stride 4, and at both strides.
+  "mbf_low": {**BAND, "taps": ("decoder_low",)},
+  "mbf_both": {**BAND, "taps": ("decoder_low", *TAPS)},
   # A hidden cell has no gradient of its own: the boundary itself is taught
   # less directly than the rest, unless its error alone counts.
   "band_loss": {**BAND, "loss_region": "band"},
