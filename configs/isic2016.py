@@ -21,9 +21,8 @@ Variants:
                                               small student, five seeds
   --config configs/isic2016.py:why            MBF and M2BF at other weights,
                                               widths and taps, on the small
-                                              student,
-                                              scored on the validation images
-                                              alone
+                                              student, scored on the validation
+                                              images alone
   --config configs/isic2016.py:random         MBF and M2BF from a teacher as it
                                               was drawn, which knows nothing, to
                                               be merged with "comparison"

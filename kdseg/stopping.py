@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from typing import Any
 
 _LOG = logging.getLogger("kdseg")
@@ -21,6 +22,8 @@ _LOG = logging.getLogger("kdseg")
 # EX_TEMPFAIL of sysexits.h, "try again": what to restart on.
 EXIT_CODE = 75
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# Seconds; a person who presses Ctrl-C again takes longer.
+ECHO = 0.3
 
 Stop = Callable[[], bool]
 
@@ -40,60 +43,81 @@ def on_signals() -> Iterator[Stop]:
 
   A second one ends the process, with the exit code of a shell, 128 and the
   signal's number: nothing that is being written is lost by that, see
-  `docs/failures.md`.
+  `docs/failures.md`. What comes within `ECHO` seconds of the first is the same
+  one, which a scheduler and a launch script both passed on.
 
   Outside the main thread, where Python lets nobody listen to signals, it never
   does; nor of a signal that was ignored before, as Ctrl-C is in the background
   of a shell.
   """
-  asked = threading.Event()
   if threading.current_thread() is not threading.main_thread():
     yield never
     return
+  # No threading.Event: a handler may be interrupted by another.
+  asked = False
 
   def note(number: int, frame: Any) -> None:
+    nonlocal asked
     del number, frame
-    asked.set()
+    asked = True
 
   def watch() -> None:
     # Python calls handlers between its own instructions alone: of a main thread
     # that waits for a compiler, or for a host that hangs, nobody would hear.
-    seen = False
+    nonlocal asked
+    first = None
     while received := ours.recv(1):
-      if received[0] not in before:
+      now = time.monotonic()
+      if received[0] not in before or (first and now - first < ECHO):
         continue
-      if seen:
-        # No flush, which could wait for the main thread.
-        os.write(2, b"kdseg: ended; the same command continues\n")
+      if first:
+        said = _say(os.write, 2, b"kdseg: ended; the same command continues\n")
+        said.join(1)
         os._exit(128 + received[0])
-      seen = True
-      asked.set()
-      _LOG.warning(
+      first, asked = now, True
+      _say(
+        _LOG.warning,
         "%s: stopping as soon as what was done is saved; once more stops at "
         "once",
         signal.Signals(received[0]).name,
       )
 
+  ours, theirs = socket.socketpair()
+  theirs.setblocking(False)
+  watcher = threading.Thread(target=watch, name="signals", daemon=True)
+
+  def end_watch() -> None:
+    theirs.close()
+    if watcher.ident:
+      watcher.join()
+    ours.close()
+
   with contextlib.ExitStack() as stack:
-    ours, theirs = socket.socketpair()
-    stack.callback(ours.close)
-    theirs.setblocking(False)
+    stack.callback(end_watch)
     before = {
       number: signal.getsignal(number)
       for number in SIGNALS
       if signal.getsignal(number) != signal.SIG_IGN
     }
-    watcher = threading.Thread(target=watch, name="signals", daemon=True)
     watcher.start()
-    stack.callback(watcher.join)
-    # Closed, it ends the watcher.
-    stack.callback(theirs.close)
     woken = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
     stack.callback(signal.set_wakeup_fd, woken)
     for number, handler in before.items():
       signal.signal(number, note)
       stack.callback(signal.signal, number, handler)
-    yield asked.is_set
+    yield lambda: asked
+
+
+def _say(function: Callable[..., Any], *arguments: Any) -> threading.Thread:
+  """Calls what may wait for a reader for ever, or find none, on the side."""
+
+  def call() -> None:
+    with contextlib.suppress(OSError):
+      function(*arguments)
+
+  thread = threading.Thread(target=call, name="signals", daemon=True)
+  thread.start()
+  return thread
 
 
 def check(stop: Stop, what: str) -> None:

@@ -1,10 +1,12 @@
 """Signals that ask a run to stop."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -42,32 +44,80 @@ with stopping.on_signals():
 """
 
 
-@pytest.mark.parametrize(
-  ("first", "second"), [("SIGINT", "SIGINT"), ("SIGTERM", "SIGINT"),
-                        ("SIGINT", "SIGTERM")]
-)  # fmt: skip
-def test_the_second_signal_ends_it_at_once_whatever_it_waits_for(first, second):
+@contextlib.contextmanager
+def deaf(**options):
   process = subprocess.Popen(
-    [sys.executable, "-c", DEAF], stdout=subprocess.PIPE, text=True
+    [sys.executable, "-c", DEAF], stdout=subprocess.PIPE, text=True, **options
   )
+  # Whoever reads of it waits no longer.
+  late = threading.Timer(100, process.kill)
+  late.start()
   try:
     assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.Signals[first])
-    said = process.stdout.readline()
-    assert said.startswith(f"{first}: stopping as soon as what was done is")
-    process.send_signal(signal.Signals[second])
-    assert process.wait(timeout=50) == 128 + signal.Signals[second]
+    yield process
   finally:
+    late.cancel()
     process.kill()
     process.communicate()
 
 
+@pytest.mark.parametrize(
+  ("first", "second"),
+  [("SIGINT", "SIGINT"), ("SIGTERM", "SIGINT"), ("SIGINT", "SIGTERM")],
+)
+def test_the_second_signal_ends_it_at_once_whatever_it_waits_for(first, second):
+  with deaf() as process:
+    process.send_signal(signal.Signals[first])
+    said = process.stdout.readline()
+    assert said.startswith(f"{first}: stopping as soon as what was done is")
+    time.sleep(2 * stopping.ECHO)
+    process.send_signal(signal.Signals[second])
+    assert process.wait() == 128 + signal.Signals[second]
+
+
+def test_a_signal_that_is_passed_on_twice_is_one():
+  with deaf() as process:
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(2 * stopping.ECHO)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 128 + signal.SIGTERM
+
+
+def test_it_ends_where_nobody_reads_what_it_says():
+  with deaf(stderr=subprocess.PIPE) as process:
+    process.stderr.close()
+    for _ in range(2):
+      process.send_signal(signal.SIGINT)
+      time.sleep(2 * stopping.ECHO)
+    assert process.wait() == 128 + signal.SIGINT
+
+
+def test_it_ends_where_what_it_says_is_not_read():
+  with deaf(stderr=subprocess.PIPE) as process:
+    # Full: what is written next waits.
+    filled = os.open(f"/proc/{process.pid}/fd/2", os.O_WRONLY | os.O_NONBLOCK)
+    with contextlib.suppress(BlockingIOError):
+      while True:
+        os.write(filled, b"x" * 4096)
+    os.close(filled)
+    for _ in range(2):
+      process.send_signal(signal.SIGINT)
+      time.sleep(2 * stopping.ECHO)
+    assert process.wait() == 128 + signal.SIGINT
+
+
 def test_nothing_is_left_of_it():
-  threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
+  files = len(os.listdir("/proc/self/fd"))
   with stopping.on_signals() as stop:
     os.kill(os.getpid(), signal.SIGTERM)
     assert stop()
-  assert threading.active_count() == threads
+  deadline = time.monotonic() + 50
+  while any(thread.name == "signals" for thread in threading.enumerate()):
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
   assert len(os.listdir("/proc/self/fd")) == files
   assert signal.set_wakeup_fd(-1) == -1
 
