@@ -79,6 +79,14 @@ def start_pair(folder, data_dir, *flags, **options):
   ]
 
 
+def wait_until_begun(folder):
+  """Waits for the first line that a pair logs."""
+  deadline = time.monotonic() + TIMEOUT
+  while not (folder / "host0" / "log.jsonl").exists():
+    assert time.monotonic() < deadline
+    time.sleep(0.02)
+
+
 def end(process):
   out, _ = process.communicate(timeout=TIMEOUT)
   return process.returncode, out
@@ -210,10 +218,7 @@ def test_hosts_that_one_asks_to_stop_stop_together_and_go_on(
 ):
   folder, data = brief
   pair = start_brief(tmp_path, data)
-  began = tmp_path / "host0" / "log.jsonl"
-  deadline = time.monotonic() + TIMEOUT
-  while not began.exists() and time.monotonic() < deadline:
-    time.sleep(0.02)
+  wait_until_begun(tmp_path)
   pair[asked].send_signal(signal.SIGTERM)
   for process in pair:
     code, out = end(process)
@@ -235,10 +240,7 @@ def test_hosts_that_one_asks_to_stop_stop_together_and_go_on(
 def test_a_host_that_dies_makes_the_other_stop(brief, tmp_path, dead):
   _, data = brief
   pair = start_brief(tmp_path, data)
-  began = tmp_path / "host0" / "log.jsonl"
-  deadline = time.monotonic() + TIMEOUT
-  while not began.exists() and time.monotonic() < deadline:
-    time.sleep(0.1)
+  wait_until_begun(tmp_path)
   pair[dead].send_signal(signal.SIGKILL)
   end(pair[dead])
   died = time.monotonic()
@@ -255,10 +257,7 @@ def test_a_second_ctrl_c_ends_a_host_that_waits_for_one_that_hangs(
 ):
   _, data = brief
   pair = start_brief(tmp_path, data)
-  began = tmp_path / "host0" / "log.jsonl"
-  deadline = time.monotonic() + TIMEOUT
-  while not began.exists() and time.monotonic() < deadline:
-    time.sleep(0.02)
+  wait_until_begun(tmp_path)
   pair[hung].send_signal(signal.SIGSTOP)
   # It comes to where it waits.
   time.sleep(3)
