@@ -13,6 +13,12 @@ counts, so that other work on the machine disturbs little. Weights are drawn:
 they do not change the time.
 """
 
+from kdseg import pages
+
+if __name__ == "__main__":
+  # Before what takes seconds to import, as kdseg.main does.
+  pages.ask()
+
 import argparse
 from collections.abc import Callable
 import pathlib

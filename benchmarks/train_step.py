@@ -16,8 +16,8 @@ with `torch.compile` (inductor, default mode) around network and loss.
 PyTorch is given its better form: contiguous and channels_last memory are both
 tried eagerly and the faster one is kept for both ways; AdamW is the fused one,
 clipping and averaging work on all tensors at once, gradients are freed and not
-zeroed, evaluation is in inference mode. Freed memory is kept for both, as
-`kdseg.main` does. Before anything is timed, both sides
+zeroed, evaluation is in inference mode. Freed memory is kept and huge pages are
+asked for, as `kdseg.main` does, for both. Before anything is timed, both sides
 start from the same weights and have to agree: on the logits, or on loss and
 gradient norm of the first three steps.
 
@@ -37,6 +37,12 @@ agree to fewer digits; `torch.compile` records graphs of the kernels there
 Most of a first run is `torch.compile`; inductor keeps what it compiled for the
 next one. A run with `--repeats 1` does that on a machine that is still busy.
 """
+
+from kdseg import pages
+
+if __name__ == "__main__":
+  # Before what takes seconds to import, as kdseg.main does.
+  pages.ask()
 
 import argparse
 from collections.abc import Callable

@@ -1,5 +1,11 @@
 """`python -m kdseg.main --config configs/NAME.py --workdir DIR`."""
 
+from kdseg import pages
+
+if __name__ == "__main__":
+  # Before what takes seconds to import.
+  pages.ask()
+
 from collections.abc import Sequence
 import logging
 import re

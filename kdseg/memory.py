@@ -7,6 +7,8 @@ import os
 
 import jax
 
+from kdseg import pages
+
 _SHOWN = 160  # characters of what XLA says
 # Parameters of mallopt(3), by their numbers in <malloc.h>.
 _TRIM_THRESHOLD = -1
@@ -47,21 +49,28 @@ def enough(what: str, remedy: str) -> Iterator[None]:
 def keep_freed() -> bool:
   """Makes the C library keep what is freed, for the next step to use.
 
-  A step's scratch memory is tens of MB. By default glibc asks the kernel for
-  it anew every time, page by page and filled with zeros, which is a quarter to
-  a third of a small student's step on a CPU. It changes no number. The process
-  stays as large as it ever was. Where a variable of the environment that begins
-  with MALLOC_, or GLIBC_TUNABLES, is set, all is left as the user wants it.
+  A small student's step takes tens of MB of scratch memory. By default glibc
+  asks the kernel for it anew every time, page by page and filled with zeros,
+  which is a quarter to a third of such a step on a CPU. It changes no number.
+  The process stays as large as it ever was. Where a variable of the environment
+  that begins with MALLOC_, or GLIBC_TUNABLES, is set, and not by `kdseg.pages`,
+  all is left as the user wants it.
 
   Returns:
     Whether it is so; false without glibc, or if the user chose otherwise.
   """
-  if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+  if os.environ.get("GLIBC_TUNABLES", pages.TUNABLES) != pages.TUNABLES:
+    return False
+  if any(name.startswith("MALLOC_") for name in os.environ):
     return False
   try:
     os.confstr("CS_GNU_LIBC_VERSION")
   except (AttributeError, ValueError):
     return False
   mallopt = ctypes.CDLL(None).mallopt
-  # No buffer on its own, however large, and the heap never made smaller.
+  # No buffer on its own, and the heap never made smaller. What is larger than
+  # 64 MB is a buffer on its own all the same, as JAX's threads have heaps of
+  # that size. One heap for all would take that too, but then a small student's
+  # step takes a sixth longer, and the process half as much memory again: see
+  # `kdseg.pages` instead.
   return bool(mallopt(_MMAP_MAX, 0) and mallopt(_TRIM_THRESHOLD, -1))

@@ -30,6 +30,7 @@ LAYERS = (
   ("networks",),
   ("data",),
   ("keys", "choices", "own", "stopping", "hosts", "disk", "memory"),
+  ("pages",),
 )
 # What may come at the core: neither flax, nor configs, nor files.
 PURE = {
