@@ -10,6 +10,7 @@ have the same names and shapes in both, outputs are equal up to rounding, and
 """
 
 from collections.abc import Callable
+from collections.abc import Iterator
 import functools
 from typing import Any
 
@@ -186,18 +187,68 @@ class Conv(nn.Module):
       y = x.reshape(-1, x.shape[-1]) @ kernel[0, 0]
       y = y.reshape(*x.shape[:-1], self.features)
     else:
-      y = jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        (self.stride, self.stride),
-        "SAME",
-        rhs_dilation=(self.dilation, self.dilation),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+      few_to_many = x.shape[-1] <= 4 and self.features >= 32
+      square = sides[0] == sides[1]
+      convolve = (
+        _convolve_few if by_product and few_to_many and square else _convolve
       )
+      y = convolve(x, kernel, self.stride, self.dilation)
     if self.use_bias:
       bias = self.param("bias", nn.initializers.zeros, (self.features,))
       y = y + bias.astype(self.dtype)
     return y
+
+
+def _convolve(x: Array, kernel: Array, stride: int, dilation: int) -> Array:
+  return jax.lax.conv_general_dilated(
+    x,
+    kernel,
+    (stride, stride),
+    "SAME",
+    rhs_dilation=(dilation, dilation),
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+  )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _convolve_few(x: Array, kernel: Array, stride: int, dilation: int) -> Array:
+  """A convolution from few channels to many, as of an image.
+
+  Its kernel's gradient is a product of patches: forward and gradient of a
+  convolution of 8 x 256 x 256 x 3 to 32 channels took 1.8 (jax 0.12) to 3 times
+  (0.10) as long otherwise. From 3 to 13 channels, or 16 to 16, patches are
+  slower.
+  """
+  return _convolve(x, kernel, stride, dilation)
+
+
+def _convolve_few_forward(
+  x: Array, kernel: Array, stride: int, dilation: int
+) -> tuple[Array, tuple[Array, Array]]:
+  return _convolve(x, kernel, stride, dilation), (x, kernel)
+
+
+def _convolve_few_backward(
+  stride: int, dilation: int, saved: tuple[Array, Array], gradient: Array
+) -> tuple[Array, Array]:
+  x, kernel = saved
+  _, to_x = jax.vjp(lambda x: _convolve(x, kernel, stride, dilation), x)
+  padded, _, sides = _pad_same(x, kernel.shape[0], stride, dilation)
+  patches = jnp.concatenate(
+    list(_shifts(padded, kernel.shape[0], sides, stride, dilation)), -1
+  )
+  kernel_gradient = jnp.matmul(
+    patches.reshape(-1, patches.shape[-1]).T,
+    gradient.reshape(-1, gradient.shape[-1]),
+    preferred_element_type=jnp.float32,
+  )
+  return (
+    to_x(gradient)[0],
+    kernel_gradient.reshape(kernel.shape).astype(kernel.dtype),
+  )
+
+
+_convolve_few.defvjp(_convolve_few_forward, _convolve_few_backward)
 
 
 class DepthwiseConv(nn.Module):
@@ -239,18 +290,28 @@ def _sum_of_shifts(
     stride: between the pixels that are read.
     rate: between the taps, the dilation.
   """
-  height, width = sides
+  side, _, channels = kernel.shape
   total = 0.0
-  for i in range(kernel.shape[0]):
-    for j in range(kernel.shape[1]):
+  for window, tap in zip(
+    _shifts(padded, side, sides, stride, rate), kernel.reshape(-1, channels)
+  ):
+    total = total + window * tap
+  return total
+
+
+def _shifts(
+  padded: Array, side: int, sides: tuple[int, int], stride: int, rate: int
+) -> Iterator[Array]:
+  """Yields what each tap of a kernel of `side` x `side` meets, row by row."""
+  height, width = sides
+  for i in range(side):
+    for j in range(side):
       top, left = i * rate, j * rate
-      window = padded[
+      yield padded[
         :,
         top : top + (height - 1) * stride + 1 : stride,
         left : left + (width - 1) * stride + 1 : stride,
       ]
-      total = total + window * kernel[i, j]
-  return total
 
 
 def _pad_same(

@@ -98,18 +98,19 @@ class ConvTest(chex.TestCase):
   def test_conv_is_the_slow_loop_in_both(self, size, stride, dilation):
     if stride > 1 and dilation > 1:
       return
-    for kernel_size, shape in ((1, (1, 1)), (3, (3, 3)), ((5, 1), (5, 1))):
+    for kernel_size, features in ((1, 4), (3, 4), ((5, 1), 4), (3, 32)):
       x = normal(2, *size, 3)
       variables, cpu, portable = both(
         layers.Conv,
         x,
-        features=4,
+        features=features,
         kernel_size=kernel_size,
         stride=stride,
         dilation=dilation,
       )
       kernel = np.asarray(variables["params"]["kernel"])
-      assert kernel.shape == (*shape, 3, 4)
+      sides = np.broadcast_to(kernel_size, 2)
+      assert kernel.shape == (*sides, 3, features)
       expected = slow_conv(x, kernel, stride, dilation, depthwise=False)
       np.testing.assert_allclose(cpu[0], expected, atol=1e-5)
       chex.assert_trees_all_close(cpu, portable, atol=1e-5, rtol=1e-5)
@@ -382,6 +383,21 @@ class ImplementationTest(chex.TestCase):
   def test_another_name_is_an_error(self):
     with pytest.raises(ValueError, match="gpu"):
       layers.implementation_for_backend("gpu")
+
+  @parameterized.parameters(
+    ("cpu", 3, 32, 1), ("cpu", 3, 16, 2), ("cpu", 8, 32, 2),
+    ("portable", 3, 32, 2),
+  )  # fmt: skip
+  def test_cpu_gradient_from_few_channels_to_many_is_a_product(
+    self, implementation, channels, features, convolutions
+  ):
+    x = normal(1, 8, 8, channels)
+    module = layers.Conv(features, implementation=implementation)
+    variables = module.init(jax.random.key(0), x)
+    gradient = jax.grad(lambda v: jnp.sum(module.apply(v, x) ** 2))
+    text = jax.jit(gradient).lower(variables).as_text()
+    assert text.count("stablehlo.convolution") == convolutions
+    assert text.count("stablehlo.dot_general") == 2 - convolutions
 
   def test_cpu_depthwise_has_no_grouped_convolution(self):
     x = jnp.zeros((1, 4, 4, 2))
