@@ -52,16 +52,14 @@ def keep_freed() -> bool:
   A small student's step takes tens of MB of scratch memory. By default glibc
   asks the kernel for it anew every time, page by page and filled with zeros,
   which is a quarter to a third of such a step on a CPU. It changes no number.
-  The process stays as large as it ever was. Where a variable of the environment
-  that begins with MALLOC_, or GLIBC_TUNABLES, is set, and not by `kdseg.pages`,
-  all is left as the user wants it.
+  The process stays as large as it ever was. Where the user has set a variable
+  of the environment that begins with MALLOC_, or GLIBC_TUNABLES, all is left as
+  it is.
 
   Returns:
     Whether it is so; false without glibc, or if the user chose otherwise.
   """
-  if os.environ.get("GLIBC_TUNABLES", pages.TUNABLES) != pages.TUNABLES:
-    return False
-  if any(name.startswith("MALLOC_") for name in os.environ):
+  if pages.is_chosen():
     return False
   try:
     os.confstr("CS_GNU_LIBC_VERSION")

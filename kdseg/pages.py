@@ -15,13 +15,16 @@ import os
 import pathlib
 import sys
 
-# What the variable GLIBC_TUNABLES is set to.
-TUNABLES = "glibc.malloc.hugetlb=1"
+TUNABLES = "glibc.malloc.hugetlb=1"  # what GLIBC_TUNABLES is set to
+# Set beside it: some systems take GLIBC_TUNABLES away from a new process.
+_ASKED = "KDSEG_ASKED_FOR_HUGE_PAGES"
 # Of the kernel: "always", "madvise" (where a process asks for it) or "never",
 # the one that holds in brackets.
 _SWITCH = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 # The first glibc that knows the variable's value.
 _GLIBC = (2, 35)
+# Options of Python that are followed by a value.
+_VALUED = ("-W", "-X", "--check-hash-based-pycs")
 
 
 def ask() -> None:
@@ -30,23 +33,33 @@ def ask() -> None:
   Process number, files, signals and the interpreter's options stay. Nothing is
   done, and the call returns, where it would not help (another kernel or C
   library, or one that gives or refuses huge pages whatever is asked), where
-  the user has set GLIBC_TUNABLES, and where the process was not started as
-  the script or module that `sys.argv` names, as in a notebook or a test.
+  the user has set how memory is allocated (`is_chosen`), and where Python was
+  not told to run just the script or module that runs, as in a notebook, a
+  debugger or a test.
   """
-  if "GLIBC_TUNABLES" in os.environ or not _help():
+  if _ASKED in os.environ or is_chosen() or not _help():
     return
   arguments = _own_arguments()
   if arguments is None:
     return
-  sys.stdout.flush()
-  sys.stderr.flush()
+  for stream in (sys.stdout, sys.stderr):
+    # None where the process was started without.
+    if stream is not None:
+      stream.flush()
   # If it cannot be started again, it goes on as it is.
   with contextlib.suppress(OSError):
     os.execve(
       sys.executable,
       [sys.executable, *arguments],
-      os.environ | {"GLIBC_TUNABLES": TUNABLES},
+      os.environ | {"GLIBC_TUNABLES": TUNABLES, _ASKED: "1"},
     )
+
+
+def is_chosen() -> bool:
+  """Whether the user has set how the C library allocates memory."""
+  if any(name.startswith("MALLOC_") for name in os.environ):
+    return True
+  return "GLIBC_TUNABLES" in os.environ and _ASKED not in os.environ
 
 
 def _help() -> bool:
@@ -61,12 +74,20 @@ def _help() -> bool:
 
 
 def _own_arguments() -> list[str] | None:
-  """What the interpreter was started with, if that is what runs now."""
-  given, arguments = sys.orig_argv[1:], sys.argv[1:]
-  first = len(given) - len(arguments)
-  if not sys.executable or first < 1 or given[first:] != arguments:
-    return None
+  """Python's arguments, if they are to run what runs now and nothing else."""
+  given = sys.orig_argv[1:]
+  first = 0
+  while first < len(given) and given[first].startswith("-"):
+    if given[first] in ("-", "-c", "-m"):
+      break
+    first += 2 if given[first] in _VALUED else 1
   spec = getattr(sys.modules["__main__"], "__spec__", None)
-  if spec is None:
-    return given if given[first - 1] == sys.argv[0] else None
-  return given if given[:first][-2:] == ["-m", spec.name] else None
+  # A pipe could not be read again.
+  if spec is None and os.path.isfile(sys.argv[0]):
+    program = [sys.argv[0]]
+  elif spec is not None:
+    program = ["-m", spec.name]
+  else:
+    return None
+  own = given[first:] == program + sys.argv[1:]
+  return given if own and sys.executable else None
