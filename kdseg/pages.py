@@ -3,7 +3,7 @@
 XLA asks the C library for the scratch memory of every step anew. What is larger
 than 64 MB comes from the kernel each time, filled with zeros in pages of 4 kB:
 for a Lite-U-Net 118,000 of them, a third of the processors' time of a step.
-Pages of 2 MB make that a twentieth of it. glibc asks for them if a variable of
+Pages of 2 MB make that a tenth of it. glibc asks for them if a variable of
 the environment says so when the process starts, and not later.
 
 Nothing but the standard library is imported here: this is to run before what
