@@ -13,7 +13,8 @@ counts, so that other work on the machine disturbs little. Weights are drawn:
 they do not change the time.
 """
 
-from kdseg import pages
+from kdseg.runtime import devices
+from kdseg.runtime import pages
 
 if __name__ == "__main__":
   # Before what takes seconds to import, as kdseg.main does.
@@ -27,13 +28,13 @@ import time
 import jax
 import numpy as np
 
-from kdseg import feed
-from kdseg import memory
+from kdseg.training import batches as batches_lib
+from kdseg.runtime import memory
 from kdseg import networks
-from kdseg import objective
-from kdseg import stage
-from kdseg import step as step_lib
-from kdseg import train
+from kdseg.distill import objective
+from kdseg.training import stage
+from kdseg.training import step as step_lib
+from kdseg.training import loop
 from kdseg.data import pipeline
 
 TAPS = ("decoder_high",)
@@ -96,16 +97,16 @@ def main() -> None:
     log_every=20,
   )
   training = stage.Training(epochs=1.0, learning_rate=1e-3)
-  teacher = networks.make_network(options.teacher, axis_name=step_lib.AXIS)
+  teacher = networks.make_network(options.teacher, axis_name=devices.AXIS)
   weights = networks.make_variables(
     teacher, jax.random.key(0), size=size, weights=False
   )
   teach = step_lib.make_teach(teacher, TAPS, channels=32)
   prepare = stage.make_prepare(setting, teach, weights, oriented=False)
-  batches = feed.make_batches(
+  batches = batches_lib.make_batches(
     arrays, seed=0, batch_size=options.batch, steps=steps
   )
-  student = networks.make_network(options.student, axis_name=step_lib.AXIS)
+  student = networks.make_network(options.student, axis_name=devices.AXIS)
   method = objective.Method(terms={"mbf": 1.0}, taps=TAPS)
   image = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
   taught = jax.eval_shape(teach, weights, image)
@@ -123,11 +124,11 @@ def main() -> None:
   )
 
   def fit(names: list[str]) -> object:
-    train.fit(
+    loop.fit(
       {name: arms[name] for name in names},
       batches,
       stage="benchmark",
-      schedule=train.Schedule(steps, 2 * steps, 2 * steps),
+      schedule=loop.Schedule(steps, 2 * steps, 2 * steps),
       prepare=prepare,
       validate=lambda name, variables: 0.0,
       log=lambda record: None,

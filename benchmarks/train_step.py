@@ -9,9 +9,9 @@ One training step of every student (forward, BCE + soft Dice at full size,
 backward, clipping, AdamW with warm-up and cosine, moving average of the
 weights, nothing done if a number is not finite; settings of
 `configs/isic2016.py`), and the forward pass of every teacher in evaluation
-mode, 32-bit floats. JAX runs what `kdseg.train` runs, `step.make_train_step`
-mapped by `step.parallel`. PyTorch runs `torch_networks.py` twice: eagerly, and
-with `torch.compile` (inductor, default mode) around network and loss.
+mode, 32-bit floats. JAX runs what `training.loop` runs, `step.make_train_step`
+mapped by `devices.parallel`. PyTorch runs `torch_networks.py` twice: eagerly,
+and with `torch.compile` (inductor, default mode) around network and loss.
 
 PyTorch is given its better form: contiguous and channels_last memory are both
 tried eagerly and the faster one is kept for both ways; AdamW is the fused one,
@@ -38,7 +38,8 @@ Most of a first run is `torch.compile`; inductor keeps what it compiled for the
 next one. A run with `--repeats 1` does that on a machine that is still busy.
 """
 
-from kdseg import pages
+from kdseg.runtime import devices
+from kdseg.runtime import pages
 
 if __name__ == "__main__":
   # Before what takes seconds to import, as kdseg.main does.
@@ -62,11 +63,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdseg import memory
+from kdseg.runtime import memory
 from kdseg import networks
-from kdseg import optimizer
-from kdseg import state as state_lib
-from kdseg import step as step_lib
+from kdseg.training import optimizer
+from kdseg.training import state as state_lib
+from kdseg.training import step as step_lib
 
 STUDENTS = ("patch_unet_12k", "patch_unet_50k", "lite_unet", "enet")
 TEACHERS = ("vit_unet", "unetpp", "deeplab", "pspnet")
@@ -140,8 +141,8 @@ def load_torch() -> tuple[Any, Any]:
 
 
 def make_jax_step(name: str, variables: Any, batch: Batch) -> Call:
-  """Makes one update of a student, as `kdseg.train` runs it."""
-  network = networks.make_network(name, axis_name=step_lib.AXIS)
+  """Makes one update of a student, as `kdseg.training.loop` runs it."""
+  network = networks.make_network(name, axis_name=devices.AXIS)
   tx = optimizer.make_optimizer(
     name="adamw",
     schedule=optimizer.make_schedule(
@@ -150,7 +151,7 @@ def make_jax_step(name: str, variables: Any, batch: Batch) -> Call:
     weight_decay=WEIGHT_DECAY,
     clip_norm=CLIP_NORM,
   )
-  update = step_lib.parallel(
+  update = devices.parallel(
     step_lib.make_train_step(
       network,
       tx,
@@ -162,13 +163,13 @@ def make_jax_step(name: str, variables: Any, batch: Batch) -> Call:
     out_replicated=True,
     donate=True,
   )
-  state = step_lib.replicate(
+  state = devices.replicate(
     state_lib.make_state(variables, {}, tx, seed=0, keep_average=True)
   )
   # Through a mapped function, as in training, so that it lies where the update
   # wants it.
   prepared = jax.pmap(lambda x: x)(
-    step_lib.shard({"image": batch.image, "mask": batch.mask})
+    devices.shard({"image": batch.image, "mask": batch.mask})
   )
 
   def call() -> np.ndarray:

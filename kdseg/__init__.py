@@ -14,3 +14,13 @@ def load(name_or_path: str | pathlib.Path) -> Any:
   from kdseg.deploy import models
 
   return models.load(name_or_path)
+
+
+def run(*arguments: Any, **options: Any) -> bool:
+  """Runs an experiment, or what is left of it; see `kdseg.experiment.run.run`.
+
+  `kdseg.run(config, "runs/mine")` does what `python -m kdseg.main` does.
+  """
+  from kdseg.experiment import run as run_lib
+
+  return run_lib.run(*arguments, **options)

@@ -177,7 +177,7 @@ def check_versions() -> Iterator[Finding]:
   yield Finding(
     Level.OK, f"Python {platform.python_version()} on {platform.platform()}"
   )
-  from kdseg import workdir
+  from kdseg.experiment import workdir
 
   yield Finding(
     Level.OK,
@@ -533,8 +533,8 @@ def check_archives(folder: pathlib.Path) -> Iterator[Finding]:
     folder: a data.manual_dir.
   """
   from kdseg.data import archives
-  from kdseg.data import isic2016
-  from kdseg.data import ph2
+  from kdseg.data.sets import isic2016
+  from kdseg.data.sets import ph2
 
   folder = folder.expanduser()
   if not folder.is_dir():
@@ -668,16 +668,16 @@ def try_step(size: int) -> Trial:
   import numpy as np
 
   from kdseg import networks
-  from kdseg import objective
-  from kdseg import stage
-  from kdseg import step as step_lib
-  from kdseg.data import synthetic
+  from kdseg.data.sets import synthetic
+  from kdseg.distill import objective
+  from kdseg.runtime import devices
+  from kdseg.training import stage
 
   images = 4 * jax.local_device_count()
   draw = np.random.default_rng(0)
   lesions = [synthetic.draw(draw, size) for _ in range(images)]
   method = objective.Method(terms={"mbf": 1.0})
-  student = networks.make_network(STUDENT, axis_name=step_lib.AXIS)
+  student = networks.make_network(STUDENT, axis_name=devices.AXIS)
   strides = {"low": 4, "high": 8}
   shapes = {"logits": (images, size, size)} | {
     tap: (images, size // strides[tap], size // strides[tap], 16)
@@ -687,7 +687,7 @@ def try_step(size: int) -> Trial:
     name: draw.standard_normal(shape, np.float32)
     for name, shape in shapes.items()
   }
-  batch = step_lib.shard(
+  batch = devices.shard(
     {
       "image": np.stack([image for image, _ in lesions]) / np.float32(255),
       "mask": np.stack([mask for _, mask in lesions]).astype(np.float32),
@@ -719,7 +719,7 @@ def try_step(size: int) -> Trial:
 
   def take(state: Any) -> tuple[Any, float]:
     # A copy, as the step uses up the memory of what it is given.
-    given = step_lib.replicate(jax.tree.map(np.array, state))
+    given = devices.replicate(jax.tree.map(np.array, state))
     began = time.perf_counter()
     answer = jax.block_until_ready(arm.step(given, batch))
     return jax.device_get(answer), time.perf_counter() - began

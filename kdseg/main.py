@@ -1,6 +1,6 @@
 """`python -m kdseg.main --config configs/NAME.py --workdir DIR`."""
 
-from kdseg import pages
+from kdseg.runtime import pages
 
 if __name__ == "__main__":
   # Before what takes seconds to import.
@@ -17,16 +17,16 @@ from absl import logging as absl_logging
 import jax
 from ml_collections import config_flags
 
-from kdseg import checkpoint
-from kdseg import choices
-from kdseg import disk
-from kdseg import experiment
-from kdseg import hosts
-from kdseg import memory
-from kdseg import plan
-from kdseg import stopping
-from kdseg import train
-from kdseg import workdir as workdir_lib
+from kdseg.runtime import checkpoint
+from kdseg.runtime import names
+from kdseg.runtime import files
+from kdseg.experiment import run
+from kdseg.runtime import hosts
+from kdseg.runtime import memory
+from kdseg.experiment import estimate
+from kdseg.runtime import preemption
+from kdseg.training import loop
+from kdseg.experiment import workdir as workdir_lib
 from kdseg.data import archives
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -64,12 +64,12 @@ _HOST_TIMEOUT = flags.DEFINE_integer(
 _EXPECTED = (
   archives.DataError,
   checkpoint.CheckpointError,
-  choices.UnknownNameError,
-  disk.WriteError,
-  experiment.ConfigError,
+  names.UnknownNameError,
+  files.WriteError,
+  run.ConfigError,
   hosts.HostError,
   memory.OutOfMemoryError,
-  train.DivergedError,
+  loop.DivergedError,
   workdir_lib.WorkdirError,
   ImportError,
 )
@@ -96,16 +96,16 @@ def main(argv: Sequence[str]) -> None:
         # One host speaks; the others only of what is wrong.
         logging.getLogger("kdseg").setLevel(logging.WARNING)
     if _PLAN.value:
-      items = plan.estimate(_CONFIG.value, _WORKDIR.value)
-      print(plan.format_items(items))
+      items = estimate.estimate(_CONFIG.value, _WORKDIR.value)
+      print(estimate.format_items(items))
       return
-    with stopping.on_signals() as stop:
-      worked = experiment.run(_CONFIG.value, _WORKDIR.value, stop=stop)
+    with preemption.on_signals() as stop:
+      worked = run.run(_CONFIG.value, _WORKDIR.value, stop=stop)
     if not worked:
       print(f"{_WORKDIR.value} is finished: nothing was changed.")
-  except stopping.StoppedError as error:
+  except preemption.StoppedError as error:
     print(f"kdseg: {error}", file=sys.stderr)
-    sys.exit(stopping.EXIT_CODE)
+    sys.exit(preemption.EXIT_CODE)
   except _EXPECTED as error:
     hosts.end(error, f"kdseg: {error}")
   except (Exception, KeyboardInterrupt) as error:

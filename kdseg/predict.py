@@ -26,7 +26,6 @@ from typing import TextIO
 import numpy as np
 from PIL import Image
 
-from kdseg import disk
 from kdseg.data import archives
 from kdseg.deploy import models
 from kdseg.deploy import pictures
@@ -34,6 +33,7 @@ from kdseg.deploy import segmenter
 from kdseg.deploy import weights
 from kdseg.report import overlays
 from kdseg.report import scores
+from kdseg.runtime import files
 
 COLUMNS = (
   "file",
@@ -134,7 +134,7 @@ def predict(
   """
   names = name_outputs(paths)
   _check_place(out, paths, names)
-  with disk.writing(out):
+  with files.writing(out):
     for folder in ("masks", "overlays"):
       (out / folder).mkdir(parents=True, exist_ok=True)
     (out / _MARK).touch()
@@ -153,14 +153,14 @@ def predict(
     probability = model.predict(image)
     milliseconds = 1e3 * (time.perf_counter() - began)
     mask = probability > threshold
-    with disk.whole(out / "masks" / name) as file:
+    with files.whole(out / "masks" / name) as file:
       Image.fromarray(mask).save(file, "PNG")
     picture = overlays.outline(
       image,
       [(mask, overlays.PREDICTION_COLOUR, 2.2, 1.0)],
       min(_OVERLAY_SIDE, max(image.shape[:2])),
     )
-    with disk.whole(out / "overlays" / name) as file:
+    with files.whole(out / "overlays" / name) as file:
       picture.save(file, "PNG")
     yield row | {
       "mask": name,
@@ -211,10 +211,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
   done = failed = 0
   stopped = False
   try:
-    with disk.writing(out):
+    with files.writing(out):
       out.mkdir(parents=True, exist_ok=True)
     with (
-      disk.whole(out / "predictions.csv") as raw,
+      files.whole(out / "predictions.csv") as raw,
       io.TextIOWrapper(
         raw,
         newline="",
@@ -243,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       except KeyboardInterrupt:
         # The rows of what was segmented are not lost.
         stopped = True
-  except (PlaceError, disk.WriteError) as error:
+  except (PlaceError, files.WriteError) as error:
     print(f"kdseg: {error}", file=sys.stderr)
     return 2
   except OSError as error:

@@ -16,10 +16,10 @@ import sys
 import tiny
 from tiny_run import make_config
 
-from kdseg import experiment
-from kdseg import hosts
 from kdseg import networks
-from kdseg import stopping
+from kdseg.experiment import run
+from kdseg.runtime import hosts
+from kdseg.runtime import preemption
 
 
 def make_training(steps):
@@ -79,15 +79,15 @@ def main():
     return any(json.loads(line)["stage"] == "students" for line in lines)
 
   try:
-    with stopping.on_signals() as asked:
-      experiment.run(
+    with preemption.on_signals() as asked:
+      run.run(
         config,
         options.workdir,
         stop=students_have_begun if options.stop else asked,
       )
-  except stopping.StoppedError as error:
+  except preemption.StoppedError as error:
     print(error)
-    sys.exit(stopping.EXIT_CODE)
+    sys.exit(preemption.EXIT_CODE)
   except Exception as error:
     hosts.end(error)
 

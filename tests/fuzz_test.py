@@ -22,15 +22,15 @@ import pytest
 import safetensors.numpy
 import tiny_model
 
-from kdseg import choices
-from kdseg import experiment
-from kdseg import metrics
-from kdseg import own as own_lib
 from kdseg.data import archives
 from kdseg.data import pairs
 from kdseg.deploy import pictures
 from kdseg.deploy import weights
+from kdseg.distill import extensions as extensions_lib
+from kdseg.evaluation import metrics
+from kdseg.experiment import run
 from kdseg.report import scores
+from kdseg.runtime import names
 
 CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "quickstart.py"
 
@@ -340,5 +340,5 @@ def test_a_config_is_accepted_or_refused(place, value):
   for key in place[:-1]:
     inner = inner[key]
   inner[place[-1]] = value
-  with contextlib.suppress(experiment.ConfigError, choices.UnknownNameError):
-    experiment.check(ml_collections.ConfigDict(tree), own_lib.Own())
+  with contextlib.suppress(run.ConfigError, names.UnknownNameError):
+    run.check(ml_collections.ConfigDict(tree), extensions_lib.Own())

@@ -19,9 +19,9 @@ from tiny_run import FROZEN
 from tiny_run import TEACHER
 from tiny_run import make_config
 
-from kdseg import experiment
-from kdseg import hosts
-from kdseg import stopping
+from kdseg.experiment import run
+from kdseg.runtime import hosts
+from kdseg.runtime import preemption
 
 
 def die_at_rename(number):
@@ -79,11 +79,11 @@ def main():
   )
   renames = die_at_rename(options.die_at_rename)
   try:
-    with stopping.on_signals() as stop:
-      experiment.run(config, options.workdir, stop=stop)
-  except stopping.StoppedError as error:
+    with preemption.on_signals() as stop:
+      run.run(config, options.workdir, stop=stop)
+  except preemption.StoppedError as error:
     print(error)
-    sys.exit(stopping.EXIT_CODE)
+    sys.exit(preemption.EXIT_CODE)
   except Exception as error:
     hosts.end(error)
   finally:

@@ -7,17 +7,17 @@ from absl import app
 from absl import flags
 import pytest
 
-from kdseg import checkpoint
-from kdseg import choices
-from kdseg import disk
-from kdseg import experiment
 from kdseg import main
-from kdseg import memory
-from kdseg import plan
-from kdseg import stopping
-from kdseg import train
-from kdseg import workdir as workdir_lib
 from kdseg.data import archives
+from kdseg.experiment import estimate
+from kdseg.experiment import run as run_lib
+from kdseg.experiment import workdir as workdir_lib
+from kdseg.runtime import checkpoint
+from kdseg.runtime import files
+from kdseg.runtime import memory
+from kdseg.runtime import names
+from kdseg.runtime import preemption
+from kdseg.training import loop
 
 ROOT = pathlib.Path(__file__).parents[1]
 # ml_collections loads a config by a method that Python wants to retire.
@@ -44,7 +44,7 @@ def started(monkeypatch):
         raise outcome
       return outcome
 
-    monkeypatch.setattr(experiment, "run", run)
+    monkeypatch.setattr(run_lib, "run", run)
     monkeypatch.setattr(sys, "argv", ["kdseg.main", *arguments])
     main.main(flags.FLAGS(sys.argv))
     return calls[-1]
@@ -75,9 +75,11 @@ def test_a_finished_workdir_is_said_to_be_so(started, capsys):
 def test_a_plan_is_printed_and_nothing_run(started, capsys, monkeypatch):
   seen = []
   monkeypatch.setattr(
-    main.plan,
+    main.estimate,
     "estimate",
-    lambda config, workdir: seen.append(workdir) or [plan.Item("x", 2, 3.0)],
+    lambda config, workdir: (
+      seen.append(workdir) or [estimate.Item("x", 2, 3.0)]
+    ),
   )
   with pytest.raises(IndexError):  # `run` was not called
     started(CONFIG, "--workdir=runs/x", "--plan")
@@ -95,11 +97,11 @@ def test_a_run_says_nothing_of_the_kind(started, capsys):
   [
     archives.DataError("no such folder"),
     checkpoint.CheckpointError("another network"),
-    choices.UnknownNameError("did you mean"),
-    disk.WriteError("x cannot be written: the disk is full"),
-    experiment.ConfigError("no such method"),
+    names.UnknownNameError("did you mean"),
+    files.WriteError("x cannot be written: the disk is full"),
+    run_lib.ConfigError("no such method"),
     memory.OutOfMemoryError("students: not enough memory"),
-    train.DivergedError("no arm is left"),
+    loop.DivergedError("no arm is left"),
     workdir_lib.WorkdirError("in use"),
     ImportError("pip install it"),
   ],
@@ -116,7 +118,7 @@ def test_a_run_that_was_stopped_can_be_told_from_one_that_failed(
 ):
   with pytest.raises(SystemExit) as stop:
     started(
-      CONFIG, "--workdir=x", outcome=stopping.StoppedError("after step 3")
+      CONFIG, "--workdir=x", outcome=preemption.StoppedError("after step 3")
     )
   assert stop.value.code == 75
   assert "kdseg: after step 3" in capsys.readouterr().err

@@ -15,22 +15,11 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 LAYERS = (
   ("main", "predict", "doctor"),
   ("deploy",),
-  ("plan",),
   ("experiment",),
-  ("stage",),
-  ("report",),
-  ("train", "feed", "evaluate"),
-  ("step",),
-  ("objective",),
-  ("workdir",),
-  ("state", "optimizer", "checkpoint", "cache"),
-  ("statistics",),
-  ("metrics",),
-  ("losses",),
-  ("networks",),
-  ("data",),
-  ("keys", "choices", "own", "stopping", "hosts", "disk", "memory"),
-  ("pages",),
+  ("report", "training"),
+  ("evaluation", "distill"),
+  ("losses", "networks", "data"),
+  ("runtime",),
 )
 # What may come at the core: neither flax, nor configs, nor files.
 PURE = {
@@ -189,7 +178,7 @@ def test_losses_and_metrics_load_without_flax_or_config():
   names = [
     name
     for name in MODULES
-    if name == "kdseg.metrics" or name.startswith("kdseg.losses")
+    if name == "kdseg.evaluation.metrics" or name.startswith("kdseg.losses")
   ]
   assert len(names) > 3
   run_python(
@@ -225,12 +214,12 @@ def test_imports_point_downward(module):
 @pytest.mark.parametrize(
   ("module", "imported", "found"),
   [
-    ("kdseg.losses.features", "from kdseg import objective", True),
-    ("kdseg.losses.features", "def f():\n  import kdseg.step", True),
+    ("kdseg.losses.features", "from kdseg import distill", True),
+    ("kdseg.losses.features", "def f():\n  import kdseg.training.step", True),
     ("kdseg.losses.features", "from kdseg.losses import reduce", False),
-    ("kdseg.data.augment", "from kdseg import keys", False),
+    ("kdseg.data.augment", "from kdseg.runtime import rng", False),
     ("kdseg.data.augment", "from kdseg import unheard_of", True),
-    ("kdseg.train", "from kdseg import experiment", True),
+    ("kdseg.training.loop", "from kdseg import experiment", True),
   ],
 )
 def test_an_upward_import_is_found_wherever_it_hides(module, imported, found):
@@ -258,7 +247,7 @@ def test_no_modules_import_each_other_in_a_circle():
   [
     name
     for name in MODULES
-    if name in ("kdseg.metrics", "kdseg.keys")
+    if name in ("kdseg.evaluation.metrics", "kdseg.runtime.rng")
     or name.startswith("kdseg.losses")
   ],
 )

@@ -14,8 +14,8 @@ import pytest
 import tiny
 from tiny_run import make_config
 
-from kdseg import checkpoint
-from kdseg import experiment
+from kdseg.experiment import run as run_lib
+from kdseg.runtime import checkpoint
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SETUP = (
@@ -251,14 +251,14 @@ def test_every_marked_block_runs(tmp_path):
 
 @pytest.fixture(scope="module")
 def own_run(tmp_path_factory):
-  """What the block that adds its own hands to `experiment.run`, and ran in
+  """What the block that adds its own hands to `kdseg.run`, and ran in
   small: (config, workdir)."""
-  [block] = [b for b in blocks(readme()) if "experiment.run(" in b.text]
+  [block] = [b for b in blocks(readme()) if "kdseg.run(" in b.text]
   folder = tmp_path_factory.mktemp("own")
   given = []
   with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(str(ROOT))
-    patch.setattr(experiment, "run", lambda *arguments: given.append(arguments))
+    patch.setattr(run_lib, "run", lambda *arguments: given.append(arguments))
     exec(compile(block.text, "README.md", "exec"), {"__name__": "own"})
   [(config, _, own)] = given
   tiny_config = make_config(folder / "data")
@@ -273,7 +273,7 @@ def own_run(tmp_path_factory):
   # The shipped arms have tests of their own.
   del config.arms.patch_unet_12k
   with tiny.compile_once(folder / "compiled"):
-    assert experiment.run(config, folder / "run", own)
+    assert run_lib.run(config, folder / "run", own)
   return config, folder / "run"
 
 
@@ -301,7 +301,7 @@ def test_what_a_user_adds_takes_part(own_run):
 def test_a_name_that_a_user_did_not_hand_over_is_refused(own_run):
   config, workdir = own_run
   with pytest.raises(ValueError, match="soft_edges"):
-    experiment.run(config, workdir)
+    run_lib.run(config, workdir)
 
 
 def test_no_placeholder_is_left():
@@ -311,7 +311,7 @@ def test_no_placeholder_is_left():
 SAMPLE = """
 See `kdseg/main.py`, `configs/none.py`, `LICENSE.cff`, `table.md`, `runs/x.py`
 and [this](CHANGELOG.md), [that](gone.png), [them](https://example.org/a.py);
-`main.main`, `main.gone`, `kdseg.train.fit`, `json.dumps`.
+`main.main`, `main.gone`, `kdseg.training.loop.fit`, `json.dumps`.
 
 ```sh
 pip install -e . && python -m kdseg.main --config \\

@@ -9,7 +9,7 @@ from jax.experimental.compilation_cache import compilation_cache
 import jax.numpy as jnp
 import numpy as np
 
-from kdseg.networks import distiller as distiller_lib
+from kdseg.distill import layers as layers_lib
 
 SIDE = 32
 
@@ -110,7 +110,7 @@ def make_distiller(method, *, student=3, teacher=5):
   """The distiller between two `Network`s, and its first parameters."""
   order = {"low": 0, "high": 1, "s16": 2}
   strides = {"low": 4, "high": 8, "s16": 16}
-  module = distiller_lib.Distiller(
+  module = layers_lib.Distiller(
     taps={tap: teacher + order[tap] for tap in method.taps},
     heads=method.generator_heads,
     generator=method.generator,

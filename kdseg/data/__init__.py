@@ -8,8 +8,8 @@ to `tfds.builder(name)`. They are written as array_record and read by
 arrays in memory.
 """
 
-from kdseg.data import folder as folder
-from kdseg.data import isic2016 as isic2016
-from kdseg.data import ph2 as ph2
-from kdseg.data import synthetic as synthetic
 from kdseg.data.archives import DataError as DataError
+from kdseg.data.sets import folder as folder
+from kdseg.data.sets import isic2016 as isic2016
+from kdseg.data.sets import ph2 as ph2
+from kdseg.data.sets import synthetic as synthetic

@@ -10,12 +10,12 @@ import argparse
 from collections.abc import Sequence
 import sys
 
-from kdseg import disk
-from kdseg.data import isic2016
 from kdseg.data import pairs
 from kdseg.data import pipeline
 from kdseg.data import verify
 from kdseg.data.archives import DataError
+from kdseg.data.sets import isic2016
+from kdseg.runtime import files
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       **options,
     )
     metadata = pipeline.read_metadata(builder)
-  except (DataError, disk.WriteError) as error:
+  except (DataError, files.WriteError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
   print(f"{arguments.name} is prepared in {builder.data_dir}")

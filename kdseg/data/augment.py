@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdseg import keys as keys_lib
+from kdseg.runtime import rng as rng_lib
 
 Array = jax.Array
 
@@ -117,7 +117,7 @@ def augment(
   batch, height, width = mask.shape
   # All numbers of an image in one draw, each at its own place: switching one
   # change off leaves the others as they are.
-  keys = keys_lib.per_image(rng, batch)
+  keys = rng_lib.per_image(rng, batch)
   draws = jax.vmap(lambda key: jax.random.uniform(key, (_DRAWS,), minval=-1.0))(
     keys
   )

@@ -27,15 +27,15 @@ import numpy as np
 from PIL import Image
 import tensorflow_datasets as tfds
 
-from kdseg import disk
 from kdseg.data import archives
 from kdseg.data import builder as builder_lib
-from kdseg.data import folder
-from kdseg.data import isic2016
 from kdseg.data import pairs
-from kdseg.data import ph2
-from kdseg.data import synthetic
 from kdseg.data.archives import DataError
+from kdseg.data.sets import folder
+from kdseg.data.sets import isic2016
+from kdseg.data.sets import ph2
+from kdseg.data.sets import synthetic
+from kdseg.runtime import files
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -220,12 +220,12 @@ def prepare(
     try_download_gcs=False,
   )
   try:
-    with disk.writing(_data_root(data_dir)):
+    with files.writing(_data_root(data_dir)):
       builder.download_and_prepare(download_config=config)
   except DataError as error:
     # Without the thirty frames of tfds between the fault and its reader.
     raise DataError(str(error)) from None
-  except disk.WriteError:
+  except files.WriteError:
     raise
   except OSError:
     # Another process may have prepared the same data set first.

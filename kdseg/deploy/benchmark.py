@@ -38,14 +38,14 @@ import jax
 import numpy as np
 import tqdm
 
-from kdseg import disk
 from kdseg import networks
 from kdseg.deploy import artefacts
 from kdseg.deploy import export
 from kdseg.deploy import models
 from kdseg.deploy import peers as peers_lib
-from kdseg.deploy import program
 from kdseg.deploy import weights
+from kdseg.deploy.formats import jaxpr
+from kdseg.runtime import files
 
 RUNTIMES = {"onnx": "ONNX Runtime", "litert": "LiteRT"}
 NETWORKS = (
@@ -324,18 +324,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
       f"{make_table(rows)}\n\nMedians of {options.turns} turns, batch 1; "
       f"{describe_machine()}.\n"
     )
-    with disk.writing(options.out):
+    with files.writing(options.out):
       options.out.mkdir(parents=True, exist_ok=True)
     lines = io.StringIO()
     writer = csv.DictWriter(lines, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    disk.write_text(options.out / "benchmark.csv", lines.getvalue())
-    disk.write_text(options.out / "BENCHMARK.md", table)
+    files.write_text(options.out / "benchmark.csv", lines.getvalue())
+    files.write_text(options.out / "BENCHMARK.md", table)
   except (
     ImportError,
     OSError,
-    program.UnsupportedError,
+    jaxpr.UnsupportedError,
     weights.WeightsError,
   ) as error:
     print(f"kdseg: {error}", file=sys.stderr)

@@ -41,22 +41,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdseg import checkpoint
-from kdseg import choices
-from kdseg import disk
 from kdseg import networks
-from kdseg import step as step_lib
 from kdseg.data import archives
 from kdseg.data import pipeline
-from kdseg.data import synthetic
+from kdseg.data.sets import synthetic
 from kdseg.deploy import artefacts
-from kdseg.deploy import litert_graph
 from kdseg.deploy import models
-from kdseg.deploy import onnx_graph
 from kdseg.deploy import pictures
-from kdseg.deploy import program
-from kdseg.deploy import quantized
 from kdseg.deploy import weights
+from kdseg.deploy.formats import int8 as int8_lib
+from kdseg.deploy.formats import jaxpr
+from kdseg.deploy.formats import litert
+from kdseg.deploy.formats import onnx
+from kdseg.runtime import checkpoint
+from kdseg.runtime import files
+from kdseg.runtime import names as names_lib
+from kdseg.training import step as step_lib
 
 TOLERANCE = 1e-4
 INPUT, OUTPUT = artefacts.INPUT, artefacts.OUTPUT
@@ -147,7 +147,7 @@ def export(
       stays as it is.
   """
   out = pathlib.Path(out)
-  choices.check_known("form", forms, FORMS)
+  names_lib.check_known("form", forms, FORMS)
   if not force:
     _check_place(out)
   inputs = make_inputs(model.size)
@@ -175,7 +175,7 @@ def export(
   }
   # All of it under other names first, and the proof last: nothing new may
   # stand beside something old.
-  with disk.writing(out), _scratch_in(out) as folder:
+  with files.writing(out), _scratch_in(out) as folder:
     for name, content in contents.items():
       (folder / name).write_bytes(content)
     weights.save(folder / "weights.safetensors", model.variables, about)
@@ -242,11 +242,9 @@ def make_forms(
     content = _make_onnx(model, function)
     contents["model.onnx"] = content
     if int8:
-      contents["model.int8.onnx"] = quantized.quantize_onnx(
-        content, calibration
-      )
+      contents["model.int8.onnx"] = int8_lib.quantize_onnx(content, calibration)
   if "litert" in forms:
-    content = litert_graph.export(
+    content = litert.export(
       function,
       (model.size, model.size, 3),
       np.uint8,
@@ -256,7 +254,7 @@ def make_forms(
     )
     contents["model.tflite"] = content
     if int8:
-      contents["model.int8.tflite"] = quantized.quantize_litert(content)
+      contents["model.int8.tflite"] = int8_lib.quantize_litert(content)
   if "stablehlo" in forms:
     contents["model.stablehlo"] = _make_stablehlo(model, function)
   return contents
@@ -298,7 +296,7 @@ def _measure(
 def _make_onnx(
   model: models.Model, function: Callable[[jax.Array], jax.Array]
 ) -> bytes:
-  graph = onnx_graph.export(
+  graph = onnx.export(
     function,
     (model.size, model.size, 3),
     np.uint8,
@@ -510,7 +508,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ParityError,
     PlaceError,
     archives.DataError,
-    program.UnsupportedError,
+    jaxpr.UnsupportedError,
     weights.WeightsError,
   ) as error:
     print(f"kdseg: {error}", file=sys.stderr)

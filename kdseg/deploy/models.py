@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdseg import checkpoint
 from kdseg import networks
-from kdseg import step as step_lib
 from kdseg.deploy import artefacts
 from kdseg.deploy import segmenter
 from kdseg.deploy import weights
+from kdseg.runtime import checkpoint
+from kdseg.training import step as step_lib
 
 Tree = Any
 
@@ -70,7 +70,7 @@ def load_weights(name_or_path: str | pathlib.Path) -> Model:
   Args:
     name_or_path: a shipped model ("isic2016-student"), a file of weights, or
       the folder of an arm or a teacher in a workdir ("runs/x/arms/NAME-seed0").
-      A student of a user's own (`kdseg.own`) is unknown here.
+      A student of a user's own (`kdseg.distill.extensions`) is unknown here.
 
   Raises:
     WeightsError: if it is none of these, or damaged.

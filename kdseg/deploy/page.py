@@ -36,14 +36,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from kdseg import checkpoint
-from kdseg import disk
-from kdseg.data import synthetic
+from kdseg.data.sets import synthetic
 from kdseg.deploy import artefacts
 from kdseg.deploy import export
 from kdseg.deploy import models
-from kdseg.deploy import program
 from kdseg.deploy import weights
+from kdseg.deploy.formats import jaxpr
+from kdseg.runtime import checkpoint
+from kdseg.runtime import files as files_lib
 
 RUNTIME = "onnxruntime-web"
 RUNTIME_VERSION = "1.30.0"
@@ -424,7 +424,7 @@ def _write(
 ) -> None:
   """Puts a page in place of an earlier one, or of nothing."""
   with contextlib.ExitStack() as stack:
-    stack.enter_context(disk.writing(out))
+    stack.enter_context(files_lib.writing(out))
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = stack.enter_context(
       tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-")
@@ -505,7 +505,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     OSError,
     PageError,
     export.ParityError,
-    program.UnsupportedError,
+    jaxpr.UnsupportedError,
     weights.WeightsError,
   ) as error:
     print(f"kdseg: {error}", file=sys.stderr)

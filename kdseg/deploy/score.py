@@ -18,17 +18,17 @@ from typing import Any
 import numpy as np
 import tqdm
 
-from kdseg import checkpoint
-from kdseg import disk
-from kdseg import experiment
-from kdseg import metrics
 from kdseg.data import archives
 from kdseg.data import pipeline
 from kdseg.deploy import artefacts
 from kdseg.deploy import models
 from kdseg.deploy import segmenter
 from kdseg.deploy import weights
+from kdseg.evaluation import metrics
+from kdseg.experiment import run
 from kdseg.report import scores
+from kdseg.runtime import checkpoint
+from kdseg.runtime import files
 
 REFERENCE = "weights.safetensors"
 
@@ -131,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   parser.add_argument(
     "--tests",
     nargs="+",
-    choices=tuple(experiment.TEST_NAMES),
+    choices=tuple(run.TEST_NAMES),
     default=["isic2016", "ph2"],
   )
   parser.add_argument("--manual-dir", help="folder of the official archives")
@@ -151,14 +151,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         data_dir=options.data_dir,
         manual_dir=options.manual_dir,
       )
-      dataset = experiment.TEST_NAMES[name]
+      dataset = run.TEST_NAMES[name]
       coverage[dataset] = arrays.coverage
       for path in paths:
         rows += score(models.load(path), arrays, dataset, path.name)
     summary = summarise(rows)
     scores.write(folder / "scores.csv", rows)
     table = make_table(summary, coverage)
-    disk.write_text(folder / "SCORES.md", table)
+    files.write_text(folder / "SCORES.md", table)
     checkpoint.write_json(
       folder / "SCORES.json", {"coverage": coverage, **summary}
     )

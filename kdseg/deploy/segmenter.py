@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from kdseg import metrics
 from kdseg.data import pipeline
+from kdseg.evaluation import metrics
 
 
 @dataclasses.dataclass(frozen=True)

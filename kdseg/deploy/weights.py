@@ -18,10 +18,10 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from kdseg import checkpoint
-from kdseg import disk
-from kdseg import statistics
+from kdseg.evaluation import statistics
 from kdseg.report import scores
+from kdseg.runtime import checkpoint
+from kdseg.runtime import files
 
 Tree = Any
 
@@ -60,9 +60,9 @@ def save(
     key: value if key == "format" else json.dumps(value)
     for key, value in about.items()
   }
-  with disk.writing(path):
+  with files.writing(path):
     path.parent.mkdir(parents=True, exist_ok=True)
-  with disk.whole(path) as file:
+  with files.whole(path) as file:
     file.write(safetensors.numpy.save(arrays, metadata))
 
 

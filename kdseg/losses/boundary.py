@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdseg import keys
+from kdseg.runtime import rng as rng_lib
 
 Array = jax.Array
 
@@ -158,7 +158,7 @@ def _roll_elsewhere(band: Array, rng: Array) -> Array:
     shift = (offset(down, sides[0]), offset(right, sides[1]))
     return jnp.roll(image, shift, (0, 1))
 
-  return jax.vmap(roll)(band, keys.per_image(rng, batch))
+  return jax.vmap(roll)(band, rng_lib.per_image(rng, batch))
 
 
 def region(

@@ -11,7 +11,7 @@ MGD (Yang et al., ECCV 2022), from which masking and regenerating come; each
 choice that the abstract leaves open is an argument.
 
 Student features come in aligned, that is, with the teacher's grid and channels
-(`kdseg.networks.distiller`). Generators come in as functions with their
+(`kdseg.distill.layers`). Generators come in as functions with their
 parameters bound.
 """
 
@@ -25,9 +25,9 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from kdseg import keys
 from kdseg.losses import boundary
 from kdseg.losses import reduce
+from kdseg.runtime import rng as rng_lib
 
 Array = jax.Array
 Generate = Callable[[Array], Array]
@@ -91,7 +91,7 @@ def keep_mask(
   batch, height, width = region.shape
   blocks = (-(-height // granularity), -(-width // granularity))
   uniform = jax.vmap(lambda key: jax.random.uniform(key, blocks))(
-    keys.per_image(rng, batch)
+    rng_lib.per_image(rng, batch)
   )
   uniform = jnp.repeat(jnp.repeat(uniform, granularity, 1), granularity, 2)
   ratio = jnp.where(region > 0, mask_ratio, ratio_outside)
@@ -209,7 +209,7 @@ def mgd(
   _check_features(student_feat, teacher_feat)
   everywhere = jnp.ones(student_feat.shape[:3])
   keep = keep_mask(
-    keys.fold_in(rng, 0),
+    rng_lib.fold_in(rng, 0),
     everywhere,
     mask_ratio=mask_ratio,
     granularity=granularity,
@@ -286,7 +286,7 @@ def mbf(
   _check_features(student_feat, teacher_feat)
   chex.assert_shape(region, student_feat.shape[:3], exception_type=ValueError)
   keep = keep_mask(
-    keys.fold_in(rng, 0),
+    rng_lib.fold_in(rng, 0),
     region,
     mask_ratio=mask_ratio,
     ratio_outside=ratio_outside,
@@ -438,7 +438,7 @@ def m2bf(
     region = regions[head]
     chex.assert_shape(region, student_feat.shape[:3], exception_type=ValueError)
     keep = keep_mask(
-      keys.fold_in(rng, head),
+      rng_lib.fold_in(rng, head),
       region,
       mask_ratio=mask_ratios[head],
       ratio_outside=ratio_outside,
@@ -530,7 +530,7 @@ def m2bf_multiscale(
       chex.assert_equal_shape([carried, x], exception_type=ValueError)
       x = x + carried
     keep = keep_mask(
-      keys.fold_in(rng, tap),
+      rng_lib.fold_in(rng, tap),
       region,
       mask_ratio=mask_ratios[tap],
       ratio_outside=ratio_outside,
@@ -555,7 +555,7 @@ def m2bf_multiscale(
 
 def tap_key(rng: Array, tap: str) -> Array:
   """Folds a tap's name into `rng`: its draws don't depend on the other taps."""
-  return keys.fold_in(rng, zlib.crc32(tap.encode()))
+  return rng_lib.fold_in(rng, zlib.crc32(tap.encode()))
 
 
 def boundary_distillation(

@@ -26,7 +26,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdseg import choices
 from kdseg.networks.cost import count_macs as count_macs
 from kdseg.networks.encoders import pretrained
 from kdseg.networks.encoders import vit_weights
@@ -37,6 +36,7 @@ from kdseg.networks.teachers import deeplab
 from kdseg.networks.teachers import pspnet
 from kdseg.networks.teachers import unetpp
 from kdseg.networks.teachers import vit_unet
+from kdseg.runtime import names
 
 TEACHERS: Mapping[str, Callable[..., nn.Module]] = {
   "vit_unet": vit_unet.ViTUNet,
@@ -67,7 +67,7 @@ def make_network(name: str, **options: Any) -> nn.Module:
   Raises:
     ValueError: on an unknown name or option, with the nearest known one.
   """
-  choices.check_known("network", [name], NETWORKS)
+  names.check_known("network", [name], NETWORKS)
   fields = {
     key: tuple(value) if isinstance(value, list) else value
     for key, value in options.items()

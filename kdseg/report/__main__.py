@@ -11,10 +11,10 @@ import pathlib
 import sys
 from typing import Any
 
-from kdseg import disk
 from kdseg.report import scores
 from kdseg.report import summary
 from kdseg.report import tables
+from kdseg.runtime import files
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     rows, meta = _load(args.workdir)
     texts = tables.make_tables(rows, meta)
-    with disk.writing(out):
+    with files.writing(out):
       out.mkdir(parents=True, exist_ok=True)
     if all(out.resolve() != folder.resolve() for folder in args.workdir):
       scores.write(out / "scores.csv", rows)
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       texts = {"report.json": text, **texts}
       print(out / "scores.csv")
     for name, text in texts.items():
-      disk.write_text(out / name, text)
+      files.write_text(out / name, text)
       print(out / name)
   except (OSError, ValueError) as error:
     print(f"error: {error}", file=sys.stderr)

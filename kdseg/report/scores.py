@@ -22,8 +22,8 @@ import pathlib
 
 import numpy as np
 
-from kdseg import disk
-from kdseg import metrics
+from kdseg.evaluation import metrics
+from kdseg.runtime import files
 
 KEYS = ("arm", "seed", "dataset", "id")
 COLUMNS = KEYS + metrics.METRICS
@@ -165,7 +165,7 @@ def write(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
   ]
   # surrogateescape: file names need not be UTF-8.
   data = "".join(line + "\n" for line in lines)
-  with disk.whole(path) as file:
+  with files.whole(path) as file:
     file.write(data.encode("utf-8", "surrogateescape"))
     file.flush()
     os.fsync(file.fileno())

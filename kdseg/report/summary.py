@@ -44,8 +44,8 @@ from typing import Any
 
 import numpy as np
 
-from kdseg import metrics
-from kdseg import statistics
+from kdseg.evaluation import metrics
+from kdseg.evaluation import statistics
 from kdseg.report import scores
 
 Meta = Mapping[str, Any]

@@ -13,8 +13,8 @@ import math
 import re
 from typing import Any
 
-from kdseg import metrics
-from kdseg import statistics
+from kdseg.evaluation import metrics
+from kdseg.evaluation import statistics
 from kdseg.report import scores
 from kdseg.report.summary import COMPARED
 from kdseg.report.summary import MEANS

@@ -14,8 +14,8 @@ from tiny_archives import mask_bytes
 from tiny_archives import picture
 from tiny_archives import write_folder
 
-from kdseg.data import isic2016
-from kdseg.data import ph2
+from kdseg.data.sets import isic2016
+from kdseg.data.sets import ph2
 
 
 @pytest.fixture(scope="session")

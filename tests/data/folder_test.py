@@ -6,9 +6,9 @@ import pytest
 import tensorflow_datasets as tfds
 import tiny_archives as tiny
 
-from kdseg.data import folder
 from kdseg.data import pipeline
 from kdseg.data.archives import DataError
+from kdseg.data.sets import folder
 
 NAMES = tuple(f"lesion_{n}" for n in range(60))
 

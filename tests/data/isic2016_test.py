@@ -9,10 +9,10 @@ import pytest
 import tensorflow_datasets as tfds
 import tiny_archives as tiny
 
-from kdseg.data import isic2016
 from kdseg.data import pairs
 from kdseg.data import pipeline
 from kdseg.data.archives import DataError
+from kdseg.data.sets import isic2016
 
 PARTS = tuple(isic2016.ARCHIVES)
 

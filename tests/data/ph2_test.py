@@ -4,9 +4,9 @@ import tensorflow_datasets as tfds
 import tiny_archives as tiny
 
 from kdseg.data import pairs
-from kdseg.data import ph2
 from kdseg.data import pipeline
 from kdseg.data.archives import DataError
+from kdseg.data.sets import ph2
 
 # The head of the file that comes with the data, cut to its first columns.
 TABLE = """

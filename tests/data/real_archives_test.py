@@ -5,9 +5,9 @@ import os
 import pytest
 
 from kdseg.data import pairs
-from kdseg.data import ph2
 from kdseg.data import pipeline
 from kdseg.data import verify
+from kdseg.data.sets import ph2
 
 DIRECTORY = os.environ.get("KDSEG_DATA", "")
 

@@ -4,7 +4,7 @@ import tensorflow_datasets as tfds
 
 from kdseg.data import pairs
 from kdseg.data import pipeline
-from kdseg.data import synthetic
+from kdseg.data.sets import synthetic
 
 SMALL = {"train": 3, "validation": 2, "test": 2, "image_size": 32}
 

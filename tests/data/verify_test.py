@@ -5,9 +5,9 @@ import tiny_archives as tiny
 
 from kdseg.data import __main__ as command
 from kdseg.data import pipeline
-from kdseg.data import synthetic
 from kdseg.data import verify
 from kdseg.data.archives import DataError
+from kdseg.data.sets import synthetic
 
 
 def _drawings(count: int) -> list[np.ndarray]:

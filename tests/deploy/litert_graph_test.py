@@ -15,7 +15,7 @@ from tiny_graph import draw
 from tiny_graph import make_case
 
 from kdseg import networks
-from kdseg.deploy import litert_graph
+from kdseg.deploy.formats import litert as litert_lib
 from kdseg.networks import layers
 from kdseg.networks.encoders import vit
 
@@ -23,7 +23,7 @@ SIDE = 32
 
 
 def make_model(function, shape=(8, 8, 4), dtype=np.float32):
-  return litert_graph.export(
+  return litert_lib.export(
     function, shape, dtype, input_name="x", output_name="y"
   )
 
@@ -217,7 +217,7 @@ def test_its_batch_is_one_until_it_is_resized():
 
 def test_it_can_be_called_by_its_signature():
   runner = litert.Interpreter(model_content=make_model(lambda x: x + 1.0))
-  call = runner.get_signature_runner(litert_graph.SIGNATURE)
+  call = runner.get_signature_runner(litert_lib.SIGNATURE)
   np.testing.assert_array_equal(
     call(x=np.zeros((1, 8, 8, 4), np.float32))["y"], 1.0
   )
@@ -233,7 +233,7 @@ def test_it_can_be_called_by_its_signature():
   ],
 )
 def test_an_operation_without_a_form_is_named(function, said):
-  with pytest.raises(litert_graph.UnsupportedError, match=said):
+  with pytest.raises(litert_lib.UnsupportedError, match=said):
     make_model(function)
 
 

@@ -6,11 +6,11 @@ import pytest
 import tiny_model
 
 import kdseg
-from kdseg import checkpoint
-from kdseg import metrics
 from kdseg import networks
 from kdseg.deploy import models
 from kdseg.deploy import weights
+from kdseg.evaluation import metrics
+from kdseg.runtime import checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from tiny_graph import draw
 from tiny_graph import make_case
 
 from kdseg import networks
-from kdseg.deploy import onnx_graph
+from kdseg.deploy.formats import onnx
 from kdseg.networks import layers
 from kdseg.networks.encoders import vit
 
@@ -22,9 +22,7 @@ SIDE = 32
 
 
 def make_model(function, shape=(8, 8, 4), dtype=np.float32):
-  return onnx_graph.export(
-    function, shape, dtype, input_name="x", output_name="y"
-  )
+  return onnx.export(function, shape, dtype, input_name="x", output_name="y")
 
 
 def run(model, x):
@@ -177,7 +175,7 @@ def test_a_transformer_computes_the_same():
 
 
 def test_an_operation_without_a_form_is_named():
-  with pytest.raises(onnx_graph.UnsupportedError, match="operation sin"):
+  with pytest.raises(onnx.UnsupportedError, match="operation sin"):
     make_model(jnp.sin)
 
 
@@ -196,12 +194,12 @@ def test_an_operation_without_a_form_is_named():
   ],
 )  # fmt: skip
 def test_what_would_be_written_wrongly_is_refused(function):
-  with pytest.raises(onnx_graph.UnsupportedError):
+  with pytest.raises(onnx.UnsupportedError):
     make_model(function)
 
 
 def test_what_moves_the_batch_is_refused():
-  with pytest.raises(onnx_graph.UnsupportedError, match="moves the batch"):
+  with pytest.raises(onnx.UnsupportedError, match="moves the batch"):
     make_model(lambda x: x.reshape(-1, 4))
 
 
@@ -209,13 +207,13 @@ def test_layers_are_as_before_after_a_graph_was_written():
   before = jax.default_backend()
   make_model(lambda x: x + 1.0)
   assert jax.default_backend() == before
-  with pytest.raises(onnx_graph.UnsupportedError):
+  with pytest.raises(onnx.UnsupportedError):
     make_model(jnp.sin)
   assert jax.default_backend() == before
 
 
 def test_the_file_says_what_it_is():
-  model = onnx_graph.export(
+  model = onnx.export(
     lambda x: x + 1.0,
     (8, 8, 3),
     np.float32,

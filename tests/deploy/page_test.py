@@ -15,15 +15,15 @@ from PIL import Image
 import pytest
 import tiny_model
 
-from kdseg import checkpoint
-from kdseg import metrics
 from kdseg import predict
 from kdseg.data import pipeline
-from kdseg.data import synthetic
+from kdseg.data.sets import synthetic
 from kdseg.deploy import export
 from kdseg.deploy import models
 from kdseg.deploy import page
 from kdseg.deploy import pictures
+from kdseg.evaluation import metrics
+from kdseg.runtime import checkpoint
 
 BROWSER = pathlib.Path(__file__).resolve().parents[1] / "page_browser"
 RUNTIME = {"ort.js": b"export {};", "ort.wasm": b"\0asm"}

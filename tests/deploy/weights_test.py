@@ -6,9 +6,9 @@ import pytest
 import safetensors.numpy
 import tiny_model
 
-from kdseg import checkpoint
 from kdseg.deploy import weights
 from kdseg.report import scores
+from kdseg.runtime import checkpoint
 
 
 def test_what_is_read_is_what_was_written(tmp_path):

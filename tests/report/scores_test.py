@@ -5,7 +5,7 @@ import csv
 import numpy as np
 import pytest
 
-from kdseg import metrics
+from kdseg.evaluation import metrics
 from kdseg.report import scores
 
 # Names that a spreadsheet, a CSV reader or a browser could trip over.

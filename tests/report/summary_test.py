@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from kdseg import metrics
-from kdseg import statistics
+from kdseg.evaluation import metrics
+from kdseg.evaluation import statistics
 from kdseg.report import summary
 
 FAST = {"bootstrap": {"resamples": 400}}

@@ -9,7 +9,7 @@ import re
 import numpy as np
 import pytest
 
-from kdseg import metrics
+from kdseg.evaluation import metrics
 from kdseg.report import __main__ as command
 from kdseg.report import scores
 from kdseg.report import tables

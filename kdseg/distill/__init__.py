@@ -1,0 +1,1 @@
+"""The method: terms, their switches, their weights, the layers they train."""

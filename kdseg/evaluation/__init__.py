@@ -1,0 +1,1 @@
+"""Masks to scores, scores to intervals."""

@@ -1,0 +1,190 @@
+"""Probabilities at each image's own size, and one row of scores an image."""
+
+import base64
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Sequence
+import itertools
+import math
+from typing import Any
+import zlib
+
+import jax
+import numpy as np
+
+from kdseg.data import orientations
+from kdseg.data import pipeline
+from kdseg.evaluation import metrics
+from kdseg.runtime import devices
+from kdseg.runtime import hosts
+
+Tree = Any
+Predict = Callable[[Tree, Tree], Any]
+Row = dict[str, Any]
+
+AVERAGING = ("none", "dihedral")
+
+
+def probabilities(
+  predict: Predict,
+  variables: Tree,
+  arrays: pipeline.Arrays,
+  *,
+  batch_size: int,
+  averaging: str = "none",
+  encoded: dict[str, np.ndarray] | None = None,
+) -> Iterator[tuple[int, np.ndarray]]:
+  """Yields (example, probability [S, S] float32) for every example, once.
+
+  With several hosts each yields its share of every batch.
+
+  Args:
+    predict: `step.make_predict`, mapped over the devices.
+    variables: replicated.
+    arrays: the examples.
+    batch_size: examples a call, of all hosts; the last call is padded.
+    averaging: "none", or "dihedral", the mean over eight orientations.
+    encoded: what a frozen encoder made of the examples, by name,
+      [orientations, N, ...].
+
+  Raises:
+    ValueError: on an unknown `averaging`.
+  """
+  for batch in _answered(
+    predict, variables, arrays, batch_size, averaging, encoded
+  ):
+    yield from batch
+
+
+def _answered(
+  predict: Predict,
+  variables: Tree,
+  arrays: pipeline.Arrays,
+  batch_size: int,
+  averaging: str,
+  encoded: dict[str, np.ndarray] | None = None,
+  first: int = 0,
+) -> Iterator[list[tuple[int, np.ndarray]]]:
+  """Yields what `probabilities` does a batch, from batch `first` on."""
+  if averaging not in AVERAGING:
+    raise ValueError(
+      f"test-time averaging must be one of {', '.join(AVERAGING)}: "
+      f"{averaging!r}"
+    )
+  count = 1 if averaging == "none" else orientations.ORIENTATIONS
+  mine = pipeline.shard_for_process(
+    np.arange(batch_size), jax.process_index(), jax.process_count()
+  )
+  batches = pipeline.eval_batches(arrays, batch_size)
+  for batch in itertools.islice(batches, first, None):
+    batch = {name: values[mine] for name, values in batch.items()}
+    real = batch["_mask"]
+    total = 0.0
+    for orientation in range(count):
+      given = {
+        "image": np.ascontiguousarray(
+          orientations.orient(batch["image"], orientation)
+        )
+      }
+      if encoded is not None:
+        given["encoded"] = {
+          name: np.asarray(values[orientation][batch["index"]])
+          for name, values in encoded.items()
+        }
+      answer = np.asarray(predict(variables, devices.shard(given)))
+      answer = answer.reshape(-1, *answer.shape[2:])
+      total = total + orientations.restore_orientation(answer, orientation)
+    yield [
+      (int(batch["index"][i]), total[i] / count) for i in np.flatnonzero(real)
+    ]
+
+
+def mean_dice(
+  predict: Predict,
+  variables: Tree,
+  arrays: pipeline.Arrays,
+  *,
+  batch_size: int,
+  encoded: dict[str, np.ndarray] | None = None,
+) -> float:
+  """Returns the mean per-image Dice at the size of the arrays.
+
+  For choosing checkpoints: no resizing to the images' own sizes.
+
+  Raises:
+    ValueError: if there is no example.
+  """
+  values = {}
+  for i, probability in probabilities(
+    predict, variables, arrays, batch_size=batch_size, encoded=encoded
+  ):
+    prediction = probability > metrics.THRESHOLD
+    truth = arrays.mask[i] > 0
+    size = prediction.sum() + truth.sum()
+    overlap = np.logical_and(prediction, truth).sum()
+    values[i] = float(2 * overlap / size) if size else 1.0
+  found = [pair for part in hosts.gather(list(values.items())) for pair in part]
+  if not found:
+    raise ValueError(f"{arrays.name}/{arrays.split} holds no example")
+  return float(np.mean([value for _, value in sorted(found)]))
+
+
+def score(
+  predict: Predict,
+  variables: Tree,
+  arrays: pipeline.Arrays,
+  *,
+  batch_size: int,
+  averaging: str = "none",
+  keep: Callable[[str, np.ndarray], None] | None = None,
+  before: Sequence[Sequence[Row]] = (),
+  note: Callable[[Sequence[Row]], None] | None = None,
+) -> list[Row]:
+  """Returns one row an image, every metric at the image's own size.
+
+  Args:
+    predict: mapped over the devices.
+    variables: replicated.
+    arrays: a whole test set.
+    batch_size: examples a call.
+    averaging: see `probabilities`.
+    keep: called with (id, predicted mask [h, w] bool) for every image; on the
+      first host, if there are several.
+    before: the rows of the first batches, a list a batch, that a call which
+      was stopped had noted; those batches are not predicted again.
+    note: called with the rows of each batch once its masks are kept; on every
+      host.
+  """
+  rows = [row for batch in before for row in batch]
+  for batch in _answered(
+    predict, variables, arrays, batch_size, averaging, first=len(before)
+  ):
+    scored = []
+    for i, probability in batch:
+      truth = arrays.native_mask(i)
+      native = metrics.resize_probability(probability, *truth.shape)
+      row = {"id": arrays.ids[i], **metrics.score(native, truth)}
+      mask = native > metrics.THRESHOLD
+      scored.append((i, row, _to_text(mask) if hosts.are_many() else mask))
+    if hosts.are_many():
+      found = [entry for part in hosts.gather(scored) for entry in part]
+      scored = [
+        (i, row, _from_text(mask, arrays.native_mask(i).shape))
+        for i, row, mask in sorted(found, key=lambda entry: entry[0])
+      ]
+    if keep is not None and hosts.is_first():
+      for _, row, mask in scored:
+        keep(row["id"], mask)
+    rows += [row for _, row, _ in scored]
+    if note is not None:
+      note([row for _, row, _ in scored])
+  return rows
+
+
+def _to_text(mask: np.ndarray) -> str:
+  return base64.b64encode(zlib.compress(np.packbits(mask).tobytes())).decode()
+
+
+def _from_text(text: str, shape: tuple[int, ...]) -> np.ndarray:
+  packed = np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8)
+  return np.unpackbits(packed, count=math.prod(shape)).reshape(shape) > 0

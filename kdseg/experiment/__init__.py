@@ -1,0 +1,1 @@
+"""An experiment whole: its stages in order, and what each leaves behind."""

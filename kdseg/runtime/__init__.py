@@ -1,0 +1,1 @@
+"""Devices, hosts, files and memory: nothing here knows what a lesion is."""

@@ -1,0 +1,1 @@
+"""The loop, its compiled steps, and what feeds them."""

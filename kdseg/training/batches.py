@@ -1,0 +1,90 @@
+"""From arrays in memory to batches on the devices, from any step on."""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from kdseg.data import orientations as orientations_lib
+from kdseg.data import pipeline
+from kdseg.runtime import devices
+
+Tree = Any
+Made = Mapping[str, Any]
+
+
+def make_batches(
+  arrays: pipeline.Arrays,
+  *,
+  seed: int,
+  batch_size: int,
+  steps: int,
+  computed: Mapping[str, Mapping[str, np.ndarray]] | None = None,
+) -> Callable[[int], Iterator[tuple[int, Tree, Made]]]:
+  """Makes `batches(first_step)`, prefetched and split over the devices.
+
+  Args:
+    arrays: the training split.
+    seed: of the run; with the step it decides the examples, and with
+      `computed` their orientation.
+    batch_size: over all devices and hosts.
+    steps: of the whole training.
+    computed: {"encoded" | "taught": {name: [8, N, ...]}}, answers of frozen
+      networks by orientation (see `cache`), or [1, N, h, w, ...], maps that
+      move with the image. With it, images, masks and such maps are brought
+      into the drawn orientation here.
+
+  Returns:
+    A function from the first step to an iterator of (step, batch, made_of):
+    the batch as `step.make_prepare` takes it; `made_of` with the examples'
+    "ids" and the host arrays.
+  """
+  count, index = jax.process_count(), jax.process_index()
+
+  def examples(first_step: int) -> Iterator[tuple[int, dict, Made]]:
+    for step, batch in pipeline.batches(
+      arrays,
+      seed=seed,
+      batch_size=batch_size,
+      first_step=first_step,
+      last_step=steps,
+      process_index=index,
+      process_count=count,
+    ):
+      rows = batch.pop("index")
+      made_of = {
+        "ids": [arrays.ids[i] for i in rows],
+        "image": batch["image"],
+        "mask": batch["mask"],
+      }
+      if computed:
+        orientations = pipeline.shard_for_process(
+          orientations_lib.draw_orientations(seed, step, batch_size),
+          index,
+          count,
+        )
+        batch["image"] = orientations_lib.orient_each(
+          batch["image"], orientations
+        )
+        batch["mask"] = orientations_lib.orient_each(
+          batch["mask"], orientations
+        )
+        for what, files in computed.items():
+          batch[what] = {
+            name: (
+              orientations_lib.orient_each(file[0, rows], orientations)
+              if len(file) == 1
+              else file[orientations, rows]
+            )
+            for name, file in files.items()
+          }
+      yield step, batch, made_of
+
+  def put(example: tuple[int, dict, Made]) -> tuple[int, Tree, Made]:
+    step, batch, made_of = example
+    return step, devices.shard(batch), made_of
+
+  return lambda first_step: pipeline.prefetch(examples(first_step), put)
