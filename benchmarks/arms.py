@@ -86,7 +86,7 @@ def main() -> None:
   at_once = stage.seeds_at_once(options.at_once)
 
   arrays = make_arrays(options.batch * 4, size)
-  setting = stage.Setting(
+  run_config = stage.RunConfig(
     seed=0,
     batch_size=options.batch,
     evaluation_batch_size=options.batch,
@@ -96,29 +96,31 @@ def main() -> None:
     encoder_weights=False,
     log_every=20,
   )
-  training = stage.Training(epochs=1.0, learning_rate=1e-3)
+  training = stage.TrainConfig(epochs=1.0, learning_rate=1e-3)
   teacher = networks.make_network(options.teacher, axis_name=devices.AXIS)
   weights = networks.make_variables(
     teacher, jax.random.key(0), size=size, weights=False
   )
   teach = step_lib.make_teach(teacher, TAPS, channels=32)
-  prepare = stage.make_prepare(setting, teach, weights, oriented=False)
+  prepare = stage.make_prepare(run_config, teach, weights, oriented=False)
   batches = batches_lib.make_batches(
     arrays, seed=0, batch_size=options.batch, steps=steps
   )
   student = networks.make_network(options.student, axis_name=devices.AXIS)
   method = objective.Method(terms={"mbf": 1.0}, taps=TAPS)
   image = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
-  taught = jax.eval_shape(teach, weights, image)
-  distiller, inputs = stage.make_distiller(student, taught, method, size=size)
+  teacher_out = jax.eval_shape(teach, weights, image)
+  distiller, inputs = stage.make_distiller(
+    student, teacher_out, method, size=size
+  )
   arms = stage.make_arms(
     {
-      str(seed): stage.Contender(
+      str(seed): stage.ArmSpec(
         "mbf", student, seed, pathlib.Path(), {}, method, distiller, inputs
       )
       for seed in range(options.arms)
     },
-    setting,
+    run_config,
     training,
     steps,
   )
@@ -133,7 +135,7 @@ def main() -> None:
       validate=lambda name, variables: 0.0,
       log=lambda record: None,
       save=lambda step, arms: None,
-      save_bad_batch=lambda name, step, made_of: None,
+      save_bad_batch=lambda name, step, batch_info: None,
       at_once=at_once,
     )
     return [arms[name].state.step for name in names]

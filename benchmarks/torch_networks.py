@@ -316,10 +316,10 @@ class LiteUNet(nn.Module):
 
   def forward(self, image: Tensor) -> Tensor:
     """Maps [B, 3, H, W] in [0, 1] to logits [B, H, W]."""
-    encoded = self.encoder(image)
-    x = self.whole(self.lateral16(encoded[16]))
-    x = self.decode8(upsample(x) + self.lateral8(encoded[8]))
-    x = self.decode4(upsample(x) + self.lateral4(encoded[4]))
+    encoder_features = self.encoder(image)
+    x = self.whole(self.lateral16(encoder_features[16]))
+    x = self.decode8(upsample(x) + self.lateral8(encoder_features[8]))
+    x = self.decode4(upsample(x) + self.lateral4(encoder_features[4]))
     return self.head(x)
 
 
@@ -460,8 +460,8 @@ class UNetPlusPlus(nn.Module):
 
   def forward(self, image: Tensor) -> Tensor:
     """Maps [B, 3, H, W] in [0, 1] to logits [B, H, W]."""
-    encoded = self.encoder(image)
-    rows = [[encoded[stride]] for stride in (2, 4, 8, 16, 32)]
+    encoder_features = self.encoder(image)
+    rows = [[encoder_features[stride]] for stride in (2, 4, 8, 16, 32)]
     for j in range(1, 5):
       for i in range(5 - j):
         node = getattr(self, f"node{i}_{j}")
@@ -527,9 +527,9 @@ class DeepLabV3Plus(nn.Module):
 
   def forward(self, image: Tensor) -> Tensor:
     """Maps [B, 3, H, W] in [0, 1] to logits [B, H, W]."""
-    encoded = self.encoder(image)
-    x = upsample(self.project(self.pyramid(encoded[16])), 4)
-    x = torch.cat([x, self.reduce_low(encoded[4])], 1)
+    encoder_features = self.encoder(image)
+    x = upsample(self.project(self.pyramid(encoder_features[16])), 4)
+    x = torch.cat([x, self.reduce_low(encoder_features[4])], 1)
     x = self.decode1(self.decode0(x))
     return upsample(self.head(x), 4).squeeze(1)
 
@@ -581,11 +581,11 @@ class PSPNet(nn.Module):
 
   def forward(self, image: Tensor) -> Tensor:
     """Maps [B, 3, H, W] in [0, 1] to logits [B, H, W]."""
-    encoded = self.encoder(image)
-    x = self.mix16(self.project(self.pyramid(encoded[16])))
+    encoder_features = self.encoder(image)
+    x = self.mix16(self.project(self.pyramid(encoder_features[16])))
     for stride in (8, 4):
       x = upsample(getattr(self, f"climb{stride}")(x))
-      x = x + getattr(self, f"lateral{stride}")(encoded[stride])
+      x = x + getattr(self, f"lateral{stride}")(encoder_features[stride])
       x = F.relu(getattr(self, f"join{stride}_norm")(x), inplace=True)
       x = getattr(self, f"decode{stride}")(x)
     return upsample(self.head(x), 4).squeeze(1)

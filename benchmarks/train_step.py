@@ -157,7 +157,7 @@ def make_jax_step(name: str, variables: Any, batch: Batch) -> Call:
       tx,
       segmentation={"bce": 1.0, "dice": 1.0},
       steps=STEPS,
-      average_decay=AVERAGE_DECAY,
+      ema_decay=AVERAGE_DECAY,
     ),
     replicated=1,
     out_replicated=True,

@@ -163,15 +163,15 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         "learning_rate": 1e-3,
         "weight_decay": 1e-2,
         "encoder_scale": 0.05,
-        "average_decay": 0.99,
+        "ema_decay": 0.99,
         "validate_epochs": 1.0,
       },
     }
   )
   c.distil_from = ("teacher_vit",)
   c.precompute_teacher = True
-  c.taught_channels = 32
-  c.taught_averaging = "dihedral"
+  c.teacher_channels = 32
+  c.teacher_out_tta = "dihedral"
 
   c.methods = ml_collections.ConfigDict(
     {
@@ -198,14 +198,14 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
       "epochs": 32.0,
       "learning_rate": 3e-3,
       "weight_decay": 1e-3,
-      "average_decay": 0.99,
+      "ema_decay": 0.99,
     }
   )
 
   c.evaluation = ml_collections.ConfigDict()
   c.evaluation.batch_size = 16
-  c.evaluation.averaging = "none"
-  c.evaluation.teacher_averaging = "dihedral"
+  c.evaluation.tta = "none"
+  c.evaluation.teacher_tta = "dihedral"
 
   if variant == "comparison":
     c.methods = ml_collections.ConfigDict(COMPARISON)
@@ -252,7 +252,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     c.teachers = ml_collections.ConfigDict()
     c.distil_from = ()
     c.precompute_teacher = False
-    c.taught_averaging = "none"
+    c.teacher_out_tta = "none"
     for student in c.arms:
       c.arms[student].methods = ("none",)
   return c

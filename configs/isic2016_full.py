@@ -30,7 +30,7 @@ def _teacher(network: str, **options) -> ml_collections.ConfigDict:
         "learning_rate": 1e-3,
         "weight_decay": 1e-2,
         "encoder_scale": 0.1,
-        "average_decay": 0.995,
+        "ema_decay": 0.995,
       },
     }
   )
@@ -66,8 +66,8 @@ def get_config() -> ml_collections.ConfigDict:
   )
   c.distil_from = ("teacher_vit", "teacher_unetpp", "teacher_deeplab")
   c.precompute_teacher = False
-  c.taught_channels = 64
-  c.taught_averaging = "none"
+  c.teacher_channels = 64
+  c.teacher_out_tta = "none"
 
   c.methods = ml_collections.ConfigDict(
     {
@@ -91,12 +91,12 @@ def get_config() -> ml_collections.ConfigDict:
       "epochs": 100.0,
       "learning_rate": 3e-3,
       "weight_decay": 1e-3,
-      "average_decay": 0.995,
+      "ema_decay": 0.995,
     }
   )
 
   c.evaluation = ml_collections.ConfigDict()
   c.evaluation.batch_size = 16
-  c.evaluation.averaging = "none"
-  c.evaluation.teacher_averaging = "none"
+  c.evaluation.tta = "none"
+  c.evaluation.teacher_tta = "none"
   return c

@@ -49,8 +49,8 @@ def get_config() -> ml_collections.ConfigDict:
   )
   c.distil_from = ("teacher_unet",)
   c.precompute_teacher = False
-  c.taught_channels = 0
-  c.taught_averaging = "none"
+  c.teacher_channels = 0
+  c.teacher_out_tta = "none"
 
   c.methods = ml_collections.ConfigDict(
     {
@@ -74,6 +74,6 @@ def get_config() -> ml_collections.ConfigDict:
 
   c.evaluation = ml_collections.ConfigDict()
   c.evaluation.batch_size = 16
-  c.evaluation.averaging = "none"
-  c.evaluation.teacher_averaging = "none"
+  c.evaluation.tta = "none"
+  c.evaluation.teacher_tta = "none"
   return c

@@ -683,7 +683,7 @@ def try_step(size: int) -> Trial:
     tap: (images, size // strides[tap], size // strides[tap], 16)
     for tap in method.taps
   }
-  taught = {
+  teacher_out = {
     name: draw.standard_normal(shape, np.float32)
     for name, shape in shapes.items()
   }
@@ -691,11 +691,13 @@ def try_step(size: int) -> Trial:
     {
       "image": np.stack([image for image, _ in lesions]) / np.float32(255),
       "mask": np.stack([mask for _, mask in lesions]).astype(np.float32),
-      "taught": taught,
+      "teacher_out": teacher_out,
     }
   )
-  distiller, inputs = stage.make_distiller(student, taught, method, size=size)
-  contender = stage.Contender(
+  distiller, inputs = stage.make_distiller(
+    student, teacher_out, method, size=size
+  )
+  spec = stage.ArmSpec(
     kind="mbf",
     network=student,
     seed=0,
@@ -705,7 +707,7 @@ def try_step(size: int) -> Trial:
     distiller=distiller,
     distiller_inputs=inputs,
   )
-  setting = stage.Setting(
+  run_config = stage.RunConfig(
     seed=0,
     batch_size=images,
     evaluation_batch_size=images,
@@ -715,7 +717,7 @@ def try_step(size: int) -> Trial:
     encoder_weights=False,
     log_every=1,
   )
-  training = stage.Training(epochs=1.0, learning_rate=1e-3, warmup=0.0)
+  training = stage.TrainConfig(epochs=1.0, learning_rate=1e-3, warmup=0.0)
 
   def take(state: Any) -> tuple[Any, float]:
     # A copy, as the step uses up the memory of what it is given.
@@ -725,9 +727,7 @@ def try_step(size: int) -> Trial:
     return jax.device_get(answer), time.perf_counter() - began
 
   with _quick_compilation():
-    [arm] = stage.make_arms(
-      {"student": contender}, setting, training, 1
-    ).values()
+    [arm] = stage.make_arms({"student": spec}, run_config, training, 1).values()
     state = jax.device_get(arm.state)
     first, first_seconds = take(state)
     second, second_seconds = take(state)

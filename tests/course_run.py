@@ -31,7 +31,7 @@ def make_training(steps):
     "epochs": steps / 3,
     "validate_epochs": 2.0,
     "save_epochs": 2.0,
-    "average_decay": 0.5,
+    "ema_decay": 0.5,
   }
 
 

@@ -341,4 +341,4 @@ def test_a_config_is_accepted_or_refused(place, value):
     inner = inner[key]
   inner[place[-1]] = value
   with contextlib.suppress(run.ConfigError, names.UnknownNameError):
-    run.check(ml_collections.ConfigDict(tree), extensions_lib.Own())
+    run.check(ml_collections.ConfigDict(tree), extensions_lib.Extensions())

@@ -72,7 +72,7 @@ def main():
     training={
       "epochs": 30.0,
       "learning_rate": 3e-3,
-      "average_decay": 0.5,
+      "ema_decay": 0.5,
       "validate_epochs": 1.0,
       "save_epochs": 1.0,
     },

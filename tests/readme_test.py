@@ -260,7 +260,7 @@ def own_run(tmp_path_factory):
     patch.syspath_prepend(str(ROOT))
     patch.setattr(run_lib, "run", lambda *arguments: given.append(arguments))
     exec(compile(block.text, "README.md", "exec"), {"__name__": "own"})
-  [(config, _, own)] = given
+  [(config, _, extensions)] = given
   tiny_config = make_config(folder / "data")
   for key in ("data", "training"):
     config[key] = tiny_config[key]
@@ -273,7 +273,7 @@ def own_run(tmp_path_factory):
   # The shipped arms have tests of their own.
   del config.arms.patch_unet_12k
   with tiny.compile_once(folder / "compiled"):
-    assert run_lib.run(config, folder / "run", own)
+    assert run_lib.run(config, folder / "run", extensions)
   return config, folder / "run"
 
 

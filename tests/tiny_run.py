@@ -62,7 +62,7 @@ def make_config(data_dir, **changes):
     "training": {
       "epochs": 2.0,
       "learning_rate": 1e-2,
-      "average_decay": 0.5,
+      "ema_decay": 0.5,
       "validate_epochs": 1.0,
       "save_epochs": 1.0,
     },

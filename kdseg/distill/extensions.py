@@ -11,7 +11,7 @@ Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
-class Own:
+class Extensions:
   """Functions by the names that a config calls them by.
 
   Passed to `experiment.run`, beside the config: nothing is registered, and

@@ -117,7 +117,7 @@ class Method:
     cwd_temperature: of cwd.
     dist_inter_weight: of the part of dist that two classes make degenerate.
     maskd_tokens: receptive tokens a tap, of maskd.
-    own: terms and regions that a user adds.
+    extensions: terms and regions that a user adds.
   """
 
   terms: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -148,12 +148,12 @@ class Method:
   cwd_temperature: float = 4.0
   dist_inter_weight: float = 0.0
   maskd_tokens: int = 8
-  own: extensions_lib.Own = dataclasses.field(
-    default_factory=extensions_lib.Own
+  extensions: extensions_lib.Extensions = dataclasses.field(
+    default_factory=extensions_lib.Extensions
   )
 
   def __post_init__(self) -> None:
-    known_terms = (*TERMS, *self.own.terms)
+    known_terms = (*TERMS, *self.extensions.terms)
     for name, weight in self.terms.items():
       if name not in known_terms:
         raise ValueError(
@@ -168,7 +168,7 @@ class Method:
       check_segmentation(self.segmentation)
     for name, known in _CHOICES.items():
       if name == "region":
-        known = (*known, *self.own.regions)
+        known = (*known, *self.extensions.regions)
       if getattr(self, name) not in known:
         raise ValueError(
           f"{name} must be one of {', '.join(known)}: {getattr(self, name)!r}"
@@ -238,25 +238,26 @@ _CHOICES = {
 
 
 def make_method(
-  options: Mapping[str, Any], own: extensions_lib.Own | None = None
+  options: Mapping[str, Any],
+  extensions: extensions_lib.Extensions | None = None,
 ) -> Method:
   """Returns the method that a config names by its switches.
 
   Args:
     options: by switch.
-    own: terms and regions that a user adds.
+    extensions: terms and regions that a user adds.
 
   Raises:
     ValueError: on an unknown switch, with the nearest known one.
   """
-  known = [f.name for f in dataclasses.fields(Method) if f.name != "own"]
+  known = [f.name for f in dataclasses.fields(Method) if f.name != "extensions"]
   names_lib.check_known("switch of a method", options, known)
   return Method(
     **{
       name: tuple(value) if isinstance(value, list) else value
       for name, value in options.items()
     },
-    own=own or extensions_lib.Own(),
+    extensions=extensions or extensions_lib.Extensions(),
   )
 
 
@@ -292,7 +293,7 @@ def segmentation_loss(
 
 def distillation_terms(
   out: Mapping[str, Array],
-  taught: Mapping[str, Array],
+  teacher_out: Mapping[str, Array],
   labels: Array,
   rng: Array,
   *,
@@ -304,7 +305,7 @@ def distillation_terms(
 
   Args:
     out: named outputs of the student.
-    taught: named outputs of the teacher for the same pixels, wide taps
+    teacher_out: named outputs of the teacher for the same pixels, wide taps
       projected already.
     labels: [B, H, W] in {0, 1}, after augmentation.
     rng: one key, or one an image; the masks depend on nothing else.
@@ -326,25 +327,25 @@ def distillation_terms(
         'answers="shuffled" needs at least two images a device; raise '
         "data.batch_size"
       )
-    taught = {name: jnp.roll(x, 1, 0) for name, x in taught.items()}
+    teacher_out = {name: jnp.roll(x, 1, 0) for name, x in teacher_out.items()}
   per_image = {}
   if method.feature_terms:
     per_image |= _feature_terms(
       out,
-      taught,
+      teacher_out,
       labels,
       rng,
       method=method,
       distiller=distiller,
       teacher_std=teacher_std,
     )
-  per_image |= _relation_terms(out, taught, labels, method=method)
+  per_image |= _relation_terms(out, teacher_out, labels, method=method)
   per_image |= _logit_terms(
-    out["logits"], taught["logits"], labels, method=method
+    out["logits"], teacher_out["logits"], labels, method=method
   )
-  for name, loss in method.own.terms.items():
+  for name, loss in method.extensions.terms.items():
     if name in method.terms:
-      still = jax.tree.map(jax.lax.stop_gradient, dict(taught))
+      still = jax.tree.map(jax.lax.stop_gradient, dict(teacher_out))
       each = rng_lib.per_image(rng, labels.shape[0])
       per_image[name] = loss(out, still, labels, each)
       if per_image[name].shape != labels.shape[:1]:
@@ -382,7 +383,7 @@ def _logit_terms(
 
 def _relation_terms(
   out: Mapping[str, Array],
-  taught: Mapping[str, Array],
+  teacher_out: Mapping[str, Array],
   labels: Array,
   *,
   method: Method,
@@ -391,7 +392,7 @@ def _relation_terms(
   wanted = [name for name in method.terms if name in RELATION_TERMS]
   if not wanted:
     return {}
-  target = {tap: taught[tap] for tap in method.taps}
+  target = {tap: teacher_out[tap] for tap in method.taps}
   seen = {
     tap: grids.resize_features(out[tap], *target[tap].shape[1:3])
     for tap in method.taps
@@ -410,14 +411,14 @@ def _relation_terms(
   }
   if "emkd" in wanted:
     terms["emkd"] = relations.emkd(
-      out["logits"], taught["logits"], seen, target, labels
+      out["logits"], teacher_out["logits"], seen, target, labels
     )
   return terms
 
 
 def _feature_terms(
   out: Mapping[str, Array],
-  taught: Mapping[str, Array],
+  teacher_out: Mapping[str, Array],
   labels: Array,
   rng: Array,
   *,
@@ -427,7 +428,7 @@ def _feature_terms(
 ) -> dict[str, Array]:
   """Aligns each tap once and hands it to the losses; {term_tap: [B]}."""
   taps = method.taps
-  target = {tap: taught[tap] for tap in taps}
+  target = {tap: teacher_out[tap] for tap in taps}
   aligned = {
     tap: distiller(tap, out[tap], *target[tap].shape[1:3], method="align")
     for tap in taps
@@ -481,13 +482,13 @@ def _feature_terms(
     )
   ]
   regions = [
-    method.own.regions[method.region](labels, radius)
-    if method.region in method.own.regions
+    method.extensions.regions[method.region](labels, radius)
+    if method.region in method.extensions.regions
     else boundary.region(
       method.region,
       labels,
       radius=radius,
-      teacher_logits=taught["logits"],
+      teacher_logits=teacher_out["logits"],
       student_logits=out["logits"],
       rng=rng_lib.fold_in(rng, 0x0FF5E7),
     )
@@ -541,7 +542,7 @@ def term_names(method: Method) -> dict[str, tuple[str, ...]]:
   """
   names = {}
   for term in method.terms:
-    whole = term in (*_WHOLE_TERMS, *method.own.terms) or (
+    whole = term in (*_WHOLE_TERMS, *method.extensions.terms) or (
       term == "m2bf" and method.topology == "multiscale"
     )
     parts = ("maskd", "maskd_tokens") if term == "maskd" else (term,)

@@ -22,7 +22,7 @@ Tree = Any
 Predict = Callable[[Tree, Tree], Any]
 Row = dict[str, Any]
 
-AVERAGING = ("none", "dihedral")
+TTA_MODES = ("none", "dihedral")
 
 
 def probabilities(
@@ -31,8 +31,8 @@ def probabilities(
   arrays: pipeline.Arrays,
   *,
   batch_size: int,
-  averaging: str = "none",
-  encoded: dict[str, np.ndarray] | None = None,
+  tta: str = "none",
+  encoder_features: dict[str, np.ndarray] | None = None,
 ) -> Iterator[tuple[int, np.ndarray]]:
   """Yields (example, probability [S, S] float32) for every example, once.
 
@@ -43,15 +43,15 @@ def probabilities(
     variables: replicated.
     arrays: the examples.
     batch_size: examples a call, of all hosts; the last call is padded.
-    averaging: "none", or "dihedral", the mean over eight orientations.
-    encoded: what a frozen encoder made of the examples, by name,
+    tta: "none", or "dihedral", the mean over eight orientations.
+    encoder_features: what a frozen encoder made of the examples, by name,
       [orientations, N, ...].
 
   Raises:
-    ValueError: on an unknown `averaging`.
+    ValueError: on an unknown `tta`.
   """
   for batch in _answered(
-    predict, variables, arrays, batch_size, averaging, encoded
+    predict, variables, arrays, batch_size, tta, encoder_features
   ):
     yield from batch
 
@@ -61,17 +61,16 @@ def _answered(
   variables: Tree,
   arrays: pipeline.Arrays,
   batch_size: int,
-  averaging: str,
-  encoded: dict[str, np.ndarray] | None = None,
+  tta: str,
+  encoder_features: dict[str, np.ndarray] | None = None,
   first: int = 0,
 ) -> Iterator[list[tuple[int, np.ndarray]]]:
   """Yields what `probabilities` does a batch, from batch `first` on."""
-  if averaging not in AVERAGING:
+  if tta not in TTA_MODES:
     raise ValueError(
-      f"test-time averaging must be one of {', '.join(AVERAGING)}: "
-      f"{averaging!r}"
+      f"test-time averaging must be one of {', '.join(TTA_MODES)}: {tta!r}"
     )
-  count = 1 if averaging == "none" else orientations.ORIENTATIONS
+  count = 1 if tta == "none" else orientations.ORIENTATIONS
   mine = pipeline.shard_for_process(
     np.arange(batch_size), jax.process_index(), jax.process_count()
   )
@@ -86,10 +85,10 @@ def _answered(
           orientations.orient(batch["image"], orientation)
         )
       }
-      if encoded is not None:
-        given["encoded"] = {
+      if encoder_features is not None:
+        given["encoder_features"] = {
           name: np.asarray(values[orientation][batch["index"]])
-          for name, values in encoded.items()
+          for name, values in encoder_features.items()
         }
       answer = np.asarray(predict(variables, devices.shard(given)))
       answer = answer.reshape(-1, *answer.shape[2:])
@@ -105,7 +104,7 @@ def mean_dice(
   arrays: pipeline.Arrays,
   *,
   batch_size: int,
-  encoded: dict[str, np.ndarray] | None = None,
+  encoder_features: dict[str, np.ndarray] | None = None,
 ) -> float:
   """Returns the mean per-image Dice at the size of the arrays.
 
@@ -116,7 +115,11 @@ def mean_dice(
   """
   values = {}
   for i, probability in probabilities(
-    predict, variables, arrays, batch_size=batch_size, encoded=encoded
+    predict,
+    variables,
+    arrays,
+    batch_size=batch_size,
+    encoder_features=encoder_features,
   ):
     prediction = probability > metrics.THRESHOLD
     truth = arrays.mask[i] > 0
@@ -135,7 +138,7 @@ def score(
   arrays: pipeline.Arrays,
   *,
   batch_size: int,
-  averaging: str = "none",
+  tta: str = "none",
   keep: Callable[[str, np.ndarray], None] | None = None,
   before: Sequence[Sequence[Row]] = (),
   note: Callable[[Sequence[Row]], None] | None = None,
@@ -147,7 +150,7 @@ def score(
     variables: replicated.
     arrays: a whole test set.
     batch_size: examples a call.
-    averaging: see `probabilities`.
+    tta: see `probabilities`.
     keep: called with (id, predicted mask [h, w] bool) for every image; on the
       first host, if there are several.
     before: the rows of the first batches, a list a batch, that a call which
@@ -157,7 +160,7 @@ def score(
   """
   rows = [row for batch in before for row in batch]
   for batch in _answered(
-    predict, variables, arrays, batch_size, averaging, first=len(before)
+    predict, variables, arrays, batch_size, tta, first=len(before)
   ):
     scored = []
     for i, probability in batch:

@@ -68,9 +68,11 @@ def estimate(
     OutOfMemoryError: if something takes more memory than there is.
   """
   workdir = pathlib.Path(workdir)
-  plans, methods = run.check(config, extensions_lib.Own())
-  untrained = run.list_untrained(workdir, plans)
-  setting = dataclasses.replace(run.make_setting(config), encoder_weights=False)
+  arm_ids, methods = run.check(config, extensions_lib.Extensions())
+  untrained = run.list_untrained(workdir, arm_ids)
+  run_config = dataclasses.replace(
+    run.make_run_config(config), encoder_weights=False
+  )
   data = run.load_data(config)
   batch, evaluated = config.data.batch_size, config.evaluation.batch_size
   scored, _ = scores_lib.recover(workdir / "scores.csv")
@@ -78,8 +80,8 @@ def estimate(
   all_views = -(-len(data.train) // evaluated) * orientations.ORIENTATIONS
   image = _zeros((evaluated, config.data.size, config.data.size, 3), np.uint8)
 
-  def passes_left(arm: str, seed: int, averaging: str) -> int:
-    views = orientations.ORIENTATIONS if averaging == "dihedral" else 1
+  def passes_left(arm: str, seed: int, tta: str) -> int:
+    views = orientations.ORIENTATIONS if tta == "dihedral" else 1
     return views * sum(
       -(-len(arrays) // evaluated)
       for test, arrays in data.tests.items()
@@ -97,30 +99,30 @@ def estimate(
 
   def time_updates(
     what: str,
-    contender: stage.Contender,
-    training: stage.Training,
+    spec: stage.ArmSpec,
+    training: stage.TrainConfig,
     prepared: Tree,
     steps: int,
     seeds: int,
   ) -> float:
     """Returns the seconds of an update of so many seeds by one program."""
-    deviations = None
-    if contender.method.normalise == "std":
-      deviations = {
+    teacher_std = None
+    if spec.method.normalise == "std":
+      teacher_std = {
         tap: np.ones(x.shape[-1], np.float32)
-        for tap, x in prepared["taught"].items()
+        for tap, x in prepared["teacher_out"].items()
       }
     with run.enough_to_train(what, seeds, config, seeds):
       # One kind a call, so that no more than one program takes memory.
       arms = stage.make_arms(
         {
-          str(seed): dataclasses.replace(contender, seed=seed)
+          str(seed): dataclasses.replace(spec, seed=seed)
           for seed in range(seeds)
         },
-        setting,
+        run_config,
         training,
         steps,
-        deviations,
+        teacher_std,
       )
       state, step = arms["0"].state, arms["0"].step
       if seeds > 1:
@@ -136,19 +138,19 @@ def estimate(
 
   def time_training(
     what: str,
-    contender: stage.Contender,
-    training: stage.Training,
+    spec: stage.ArmSpec,
+    training: stage.TrainConfig,
     prepared: Tree,
     predict: float,
     count: int = 1,
   ) -> list[Item]:
     steps = training.steps(len(data.train), batch)
-    at_once = min(count, setting.seeds_at_once)
+    at_once = min(count, run_config.seeds_at_once)
     stacks = collections.Counter([at_once] * (count // at_once))
     if count % at_once:
       stacks[count % at_once] += 1
     seconds = sum(
-      number * time_updates(what, contender, training, prepared, steps, seeds)
+      number * time_updates(what, spec, training, prepared, steps, seeds)
       for seeds, number in stacks.items()
     )
     per_epoch = len(data.train) / batch
@@ -174,18 +176,18 @@ def estimate(
   )
   taught_arms = [p for p in untrained if methods[p.method].terms]
   items, teachers, seconds = [], {}, {}
-  averaging = config.evaluation.teacher_averaging
+  tta = config.evaluation.teacher_tta
   for name, c in config.teachers.items():
     network = networks.make_network(
       c.network, axis_name=devices.AXIS, **dict(c.options)
     )
     variables = _initial(network, side)
     teachers[name] = run.Teacher(network, variables)
-    training = run.make_training(dict(c.training))
+    training = run.make_train_config(dict(c.training))
     ready = c.checkpoint or checkpoint.is_finished(workdir / "teachers" / name)
     trains = not ready and training.steps(len(data.train), batch) > 0
     teaches = bool(taught_arms) and name in config.distil_from
-    left = passes_left(name, int(c.seed), averaging)
+    left = passes_left(name, int(c.seed), tta)
     if not (trains or teaches or left):
       continue
     seconds[name] = time_pass(name, network, variables)
@@ -205,11 +207,11 @@ def estimate(
           variables,
           _zeros((batch, side, side, 3)),
         )
-        encoded = jax.tree.map(lambda x: _zeros(x.shape), shapes)
-        given = prepared | {"encoded": devices.shard(encoded)}
+        encoder_features = jax.tree.map(lambda x: _zeros(x.shape), shapes)
+        given = prepared | {"encoder_features": devices.shard(encoder_features)}
       items += time_training(
         name,
-        stage.Contender(name, network, 0, workdir, {}),
+        stage.ArmSpec(name, network, 0, workdir, {}),
         training,
         given,
         seconds[name],
@@ -224,27 +226,27 @@ def estimate(
       Item(f"{name}: scoring, passes of {evaluated}", left, seconds[name])
     )
   if len(config.distil_from) > 1:
-    left = passes_left(run.JOINT, int(config.seed), averaging)
+    left = passes_left(run.JOINT, int(config.seed), tta)
     each = sum(seconds.get(name, 0.0) for name in config.distil_from)
     items.append(
       Item(f"{run.JOINT}: scoring, passes of {evaluated}", left, each)
     )
 
-  training = run.make_training(dict(config.training))
-  taught = {}
+  training = run.make_train_config(dict(config.training))
+  teacher_out = {}
   teacher = run.join_teachers(config, teachers)
   if teacher is not None and taught_arms:
     teach = step_lib.make_teach(
       teacher.network,
-      run.list_taps(methods[plan.method] for plan in untrained),
-      channels=config.taught_channels,
+      run.list_taps(methods[arm_id.method] for arm_id in untrained),
+      channels=config.teacher_channels,
     )
     held = devices.replicate(teacher.variables)
     ask = devices.parallel(teach, replicated=1, out_replicated=False)
-    prepared["taught"] = ask(held, prepared["image"])
-    taught = jax.tree.map(
+    prepared["teacher_out"] = ask(held, prepared["image"])
+    teacher_out = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct((1, *x.shape[2:]), x.dtype),
-      prepared["taught"],
+      prepared["teacher_out"],
     )
     if not config.precompute_teacher:
       items.append(
@@ -255,25 +257,30 @@ def estimate(
         )
       )
   predicts: dict[str, float] = {}
-  for arm in dict.fromkeys(plan.arm for plan in plans):
-    group = [plan for plan in untrained if plan.arm == arm]
+  for arm in dict.fromkeys(arm_id.arm for arm_id in arm_ids):
+    group = [arm_id for arm_id in untrained if arm_id.arm == arm]
     left = sum(
-      passes_left(arm, plan.seed, config.evaluation.averaging)
-      for plan in plans
-      if plan.arm == arm
-      and not (workdir / "arms" / plan.key / "failed.json").exists()
+      passes_left(arm, arm_id.seed, config.evaluation.tta)
+      for arm_id in arm_ids
+      if arm_id.arm == arm
+      and not (workdir / "arms" / arm_id.key / "failed.json").exists()
     )
     if not (group or left):
       continue
-    student = next(plan.student for plan in plans if plan.arm == arm)
-    network = run.make_student(student, config, extensions_lib.Own())
+    student = next(arm_id.student for arm_id in arm_ids if arm_id.arm == arm)
+    network = run.make_student(student, config, extensions_lib.Extensions())
     if repr(network) not in predicts:
       predicts[repr(network)] = time_pass(arm, network, _initial(network, side))
     if group:
       items += time_training(
         f"{arm} x {len(group)}",
-        run.make_contender(
-          group[0], config, workdir, methods, taught, extensions_lib.Own()
+        run.make_spec(
+          group[0],
+          config,
+          workdir,
+          methods,
+          teacher_out,
+          extensions_lib.Extensions(),
         ),
         training,
         prepared,

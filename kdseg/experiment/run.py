@@ -81,14 +81,14 @@ _NOTED = "scoring.jsonl"
 # What a config holds, a key that is optional in brackets.
 _KEYS = (
   *("seed", "log_every", "data", "augment", "segmentation", "encoder_weights"),
-  *("teachers", "distil_from", "precompute_teacher", "taught_channels"),
-  *("taught_averaging", "methods", "students", "arms", "training"),
+  *("teachers", "distil_from", "precompute_teacher", "teacher_channels"),
+  *("teacher_out_tta", "methods", "students", "arms", "training"),
   *("evaluation", "[primary]", "[seeds_at_once]"),
 )
 _DATA_KEYS = (
   *("name", "tests", "size", "batch_size", "manual_dir", "data_dir", "options"),
 )
-_EVALUATION_KEYS = ("batch_size", "averaging", "teacher_averaging", "[groups]")
+_EVALUATION_KEYS = ("batch_size", "tta", "teacher_tta", "[groups]")
 _TEACHER_KEYS = (
   *("network", "options", "seed", "checkpoint", "precompute", "training"),
 )
@@ -100,7 +100,7 @@ class ConfigError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class ArmId:
   """A student to train: its arm in the tables, its method and its seed."""
 
   arm: str
@@ -130,19 +130,19 @@ class Teacher:
   Attributes:
     network: the module.
     variables: its weights, host arrays.
-    encoded: what its frozen encoder made of the training images, by name,
-      [8, N, ...]; None unless it was computed before.
+    encoder_features: of the training images, by name, [8, N, ...], from its
+      frozen encoder; None unless they were computed before.
   """
 
   network: nn.Module
   variables: Tree
-  encoded: Mapping[str, np.ndarray] | None = None
+  encoder_features: Mapping[str, np.ndarray] | None = None
 
 
 def run(
   config: ml_collections.ConfigDict,
   workdir: str | pathlib.Path,
-  own: extensions_lib.Own | None = None,
+  extensions: extensions_lib.Extensions | None = None,
   *,
   stop: preemption.Stop = preemption.never,
 ) -> bool:
@@ -151,8 +151,8 @@ def run(
   Args:
     config: see `configs/`.
     workdir: made if it is missing.
-    own: losses, regions and students that the config names and the package
-      does not have. A workdir does not know them: give the same ones again.
+    extensions: losses, regions and students that the config names and the
+      package does not have. A workdir does not store them: pass them again.
     stop: asked now and then whether to save and stop; see `stopping`.
 
   Returns:
@@ -169,8 +169,8 @@ def run(
     OutOfMemoryError: if there is not enough memory; the same call continues.
   """
   workdir = pathlib.Path(workdir)
-  own = own or extensions_lib.Own()
-  plans, methods = check(config, own)
+  extensions = extensions or extensions_lib.Extensions()
+  arm_ids, methods = check(config, extensions)
   with files.writing(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
   with contextlib.ExitStack() as stack:
@@ -178,13 +178,13 @@ def run(
     def enter() -> bool:
       stack.enter_context(workdir_lib.locked(workdir))
       same = workdir_lib.check_config(config, workdir)
-      _check_trained(config, workdir, plans)
-      return same and is_finished(config, workdir, plans)
+      _check_trained(config, workdir, arm_ids)
+      return same and is_finished(config, workdir, arm_ids)
 
     if hosts.on_first(enter):
       _LOG.info("%s is finished; nothing to do", workdir)
       return False
-    _check_taps(config, plans, methods, own)
+    _check_taps(config, arm_ids, methods, extensions)
     started = time.monotonic()
     log = make_log(workdir)
     with memory.enough(
@@ -207,9 +207,13 @@ def run(
       name: make_teacher(name, config, workdir, data, log, stop)
       for name in config.teachers
     }
-    train_arms(config, workdir, data, log, plans, methods, teachers, own, stop)
-    score_arms(config, workdir, data, plans, teachers, own, stop)
-    hosts.on_first(lambda: write_report(config, workdir, data, plans, own))
+    train_arms(
+      config, workdir, data, log, arm_ids, methods, teachers, extensions, stop
+    )
+    score_arms(config, workdir, data, arm_ids, teachers, extensions, stop)
+    hosts.on_first(
+      lambda: write_report(config, workdir, data, arm_ids, extensions)
+    )
     seconds = time.monotonic() - started
     log({"stage": "run", "seconds": round(seconds, 1)})
     _LOG.info(
@@ -228,7 +232,7 @@ def make_log(workdir: pathlib.Path) -> Log:
 
 
 def _check_trained(
-  config: ml_collections.ConfigDict, workdir: pathlib.Path, plans: list[Plan]
+  config: ml_collections.ConfigDict, workdir: pathlib.Path, arm_ids: list[ArmId]
 ) -> None:
   """Refuses methods that are not what arms of that name were trained with.
 
@@ -243,31 +247,31 @@ def _check_trained(
     begun = json.loads(path.read_text(encoding="utf-8"))
     # Earlier versions wrote the names of the arms alone.
     trained |= begun if isinstance(begun, dict) else {}
-  for plan in plans:
+  for arm_id in arm_ids:
     for name in ("about.json", "failed.json"):
-      path = workdir / "arms" / plan.key / name
+      path = workdir / "arms" / arm_id.key / name
       if path.exists():
         about = json.loads(path.read_text(encoding="utf-8"))
-        trained[plan.key] = about.get("switches", {})
-  for plan in plans:
-    if plan.key not in trained:
+        trained[arm_id.key] = about.get("switches", {})
+  for arm_id in arm_ids:
+    if arm_id.key not in trained:
       continue
-    now = json.loads(json.dumps(config.methods[plan.method].to_dict()))
-    for key, before, after in workdir_lib.differences(trained[plan.key], now):
+    now = json.loads(json.dumps(config.methods[arm_id.method].to_dict()))
+    for key, before, after in workdir_lib.differences(trained[arm_id.key], now):
       what, way_out = workdir_lib.say_change(
-        f"methods.{plan.method}.{key}", before, after
+        f"methods.{arm_id.method}.{key}", before, after
       )
       raise workdir_lib.WorkdirError(
-        f"{workdir} holds {plan.key} of another method of that name: {what}; "
+        f"{workdir} holds {arm_id.key} of another method of that name: {what}; "
         f"choose another name for it, another --workdir, or {way_out}"
       )
 
 
 def _check_taps(
   config: ml_collections.ConfigDict,
-  plans: list[Plan],
+  arm_ids: list[ArmId],
   methods: Mapping[str, objective.Method],
-  own: extensions_lib.Own,
+  extensions: extensions_lib.Extensions,
 ) -> None:
   """Refuses methods that compare what a network does not have.
 
@@ -285,9 +289,9 @@ def _check_taps(
     return list(shapes)
 
   wanted: dict[str, list[str]] = {}
-  for plan in plans:
-    if methods[plan.method].needs_taps:
-      wanted.setdefault(plan.student, []).append(plan.method)
+  for arm_id in arm_ids:
+    if methods[arm_id.method].needs_taps:
+      wanted.setdefault(arm_id.student, []).append(arm_id.method)
   if not wanted:
     return
   networks_ = [
@@ -296,7 +300,7 @@ def _check_taps(
   ]
   of_teachers = [outputs(network) for network in networks_]
   for student, names in wanted.items():
-    of_student = outputs(make_student(student, config, own))
+    of_student = outputs(make_student(student, config, extensions))
     for name in dict.fromkeys(names):
       for of_teacher in of_teachers:
         try:
@@ -328,8 +332,8 @@ def _check_data_agree(data: Data) -> None:
 
 
 def check(
-  config: ml_collections.ConfigDict, own: extensions_lib.Own
-) -> tuple[list[Plan], dict[str, objective.Method]]:
+  config: ml_collections.ConfigDict, extensions: extensions_lib.Extensions
+) -> tuple[list[ArmId], dict[str, objective.Method]]:
   """Returns every arm of a config, and its methods by name.
 
   Raises:
@@ -340,13 +344,13 @@ def check(
     _check_tests(config)
     stage.seeds_at_once(config.get("seeds_at_once", 0))
     objective.check_segmentation(config.segmentation)
-    plans = plan_arms(config)
+    arm_ids = list_arms(config)
     methods = {
-      name: objective.make_method(dict(options), own)
+      name: objective.make_method(dict(options), extensions)
       for name, options in config.methods.items()
     }
     _check_teachers(config)
-    _check_names(config, plans, own)
+    _check_names(config, arm_ids, extensions)
   except names_lib.UnknownNameError:
     raise
   except ValueError as error:
@@ -357,7 +361,7 @@ def check(
       f"a value is of another kind than it has to be ({error}); compare the "
       "config with those in configs/"
     ) from error
-  return plans, methods
+  return arm_ids, methods
 
 
 def _check_keys(config: ml_collections.ConfigDict) -> None:
@@ -400,14 +404,14 @@ def _check_tests(config: ml_collections.ConfigDict) -> None:
     raise ValueError(f"data.size must be divisible by 32, not {c.size}")
 
 
-def plan_arms(config: ml_collections.ConfigDict) -> list[Plan]:
+def list_arms(config: ml_collections.ConfigDict) -> list[ArmId]:
   """Returns every arm that the config names, the first seeds first.
 
   Raises:
     ValueError: on a method that `config.methods` does not define, or an arm
       that is named twice.
   """
-  plans = []
+  arm_ids = []
   for student, arm in config.arms.items():
     for key in ("methods", "seeds"):
       twice = [v for v, n in collections.Counter(arm[key]).items() if n > 1]
@@ -419,11 +423,11 @@ def plan_arms(config: ml_collections.ConfigDict) -> list[Plan]:
           f'arms.{student}: unknown method "{method}"; config.methods defines '
           f"{', '.join(config.methods)}"
         )
-      plans += [
-        Plan(f"{student}-{method}", student, method, int(seed))
+      arm_ids += [
+        ArmId(f"{student}-{method}", student, method, int(seed))
         for seed in arm.seeds
       ]
-  return sorted(plans, key=lambda plan: plan.seed)
+  return sorted(arm_ids, key=lambda arm_id: arm_id.seed)
 
 
 def _check_teachers(config: ml_collections.ConfigDict) -> None:
@@ -443,35 +447,37 @@ def _check_teachers(config: ml_collections.ConfigDict) -> None:
 
 
 def _check_names(
-  config: ml_collections.ConfigDict, plans: list[Plan], own: extensions_lib.Own
+  config: ml_collections.ConfigDict,
+  arm_ids: list[ArmId],
+  extensions: extensions_lib.Extensions,
 ) -> None:
   """Raises ValueError on a value that would only fail after hours."""
   options = inspect.signature(augment_lib.augment).parameters.values()
   known = [o.name for o in options if o.kind is o.KEYWORD_ONLY]
   names_lib.check_known("augmentation", config.augment, known)
   names_lib.check_known(
-    "averaging",
+    "tta",
     [
-      config.evaluation.averaging,
-      config.evaluation.teacher_averaging,
-      config.taught_averaging,
+      config.evaluation.tta,
+      config.evaluation.teacher_tta,
+      config.teacher_out_tta,
     ],
-    evaluate.AVERAGING,
+    evaluate.TTA_MODES,
   )
-  if config.taught_averaging != "none" and not config.precompute_teacher:
+  if config.teacher_out_tta != "none" and not config.precompute_teacher:
     raise ValueError(
-      f'taught_averaging is "{config.taught_averaging}": eight passes of the '
+      f'teacher_out_tta is "{config.teacher_out_tta}": eight passes of the '
       "teacher a batch are only affordable with precompute_teacher"
     )
   for key, mine, shipped in (
-    ("terms", own.terms, (*objective.TERMS, *objective.RESERVED)),
-    ("regions", own.regions, boundary.REGIONS),
-    ("students", own.students, networks.NETWORKS),
+    ("terms", extensions.terms, (*objective.TERMS, *objective.RESERVED)),
+    ("regions", extensions.regions, boundary.REGIONS),
+    ("students", extensions.students, networks.NETWORKS),
   ):
     taken = sorted(set(mine) & set(shipped))
     if taken:
       raise ValueError(
-        f'own.{key}: the name "{taken[0]}" is taken; choose another'
+        f'extensions.{key}: the name "{taken[0]}" is taken; choose another'
       )
   for key, size in (
     ("data.batch_size", config.data.batch_size),
@@ -489,7 +495,7 @@ def _check_names(
           f'primary names the method "{name}"; config.methods defines '
           f"{', '.join(config.methods)}"
         )
-  for name in dict.fromkeys(plan.method for plan in plans):
+  for name in dict.fromkeys(arm_id.method for arm_id in arm_ids):
     switches = config.methods[name]
     if switches.get("terms") and not config.distil_from:
       raise ValueError(
@@ -501,19 +507,19 @@ def _check_names(
         f'method "{name}" shuffles answers, which takes two images a device: '
         "raise data.batch_size"
       )
-  for name in dict.fromkeys(plan.student for plan in plans):
+  for name in dict.fromkeys(arm_id.student for arm_id in arm_ids):
     # A table tells arms apart by "<student>-<method>", and teachers by name.
     if "-" in name or name.startswith(JOINT):
       raise ValueError(
         f'arms.{name}: the name of a student has no "-" and does not begin '
         f'with "{JOINT}"; choose another'
       )
-  training = make_training(dict(config.training))
+  training = make_train_config(dict(config.training))
   training.check()
-  if plans and training.max_steps <= 0 and training.epochs <= 0:
+  if arm_ids and training.max_steps <= 0 and training.epochs <= 0:
     raise ValueError(f"training.epochs is {training.epochs}; take more than 0")
   for name, teacher in config.teachers.items():
-    make_training(dict(teacher.training)).check()
+    make_train_config(dict(teacher.training)).check()
     network = networks.make_network(teacher.network, **dict(teacher.options))
     if teacher.precompute and getattr(network, "trained_from", 0) < 1:
       raise ValueError(
@@ -521,8 +527,8 @@ def _check_names(
         "there is nothing to compute before; set precompute to False, or "
         "trained_from above 0"
       )
-  for student in dict.fromkeys(plan.student for plan in plans):
-    make_student(student, config, own)
+  for student in dict.fromkeys(arm_id.student for arm_id in arm_ids):
+    make_student(student, config, extensions)
 
 
 def load_data(config: ml_collections.ConfigDict) -> Data:
@@ -588,7 +594,7 @@ def describe_data(data: Data) -> dict[str, dict[str, Any]]:
 def is_finished(
   config: ml_collections.ConfigDict,
   workdir: pathlib.Path,
-  plans: list[Plan],
+  arm_ids: list[ArmId],
 ) -> bool:
   """Whether every arm is scored, and the report made of these scores."""
   scores, reported = workdir / "scores.csv", workdir / _REPORTED
@@ -603,9 +609,9 @@ def is_finished(
   done = set(scores_lib.groups(rows))
   tests = [test_name(config, name) for name in config.data.tests]
   wanted = {
-    (plan.arm, plan.seed, test)
-    for plan in plans
-    if not (workdir / "arms" / plan.key / "failed.json").exists()
+    (arm_id.arm, arm_id.seed, test)
+    for arm_id in arm_ids
+    if not (workdir / "arms" / arm_id.key / "failed.json").exists()
     for test in tests
   }
   wanted |= {
@@ -616,9 +622,9 @@ def is_finished(
   return wanted <= done
 
 
-def make_setting(config: ml_collections.ConfigDict) -> stage.Setting:
+def make_run_config(config: ml_collections.ConfigDict) -> stage.RunConfig:
   """Returns what all stages of the run have in common."""
-  return stage.Setting(
+  return stage.RunConfig(
     seed=config.seed,
     batch_size=config.data.batch_size,
     evaluation_batch_size=config.evaluation.batch_size,
@@ -631,18 +637,18 @@ def make_setting(config: ml_collections.ConfigDict) -> stage.Setting:
   )
 
 
-def make_training(options: Mapping[str, Any]) -> stage.Training:
+def make_train_config(options: Mapping[str, Any]) -> stage.TrainConfig:
   """Returns the training that a config describes.
 
   Raises:
     ValueError: on an unknown key, with the nearest known one, or a missing one.
   """
-  fields = dataclasses.fields(stage.Training)
+  fields = dataclasses.fields(stage.TrainConfig)
   names_lib.check_known("key of a training", options, [f.name for f in fields])
   for field in fields:
     if field.default is dataclasses.MISSING and field.name not in options:
       raise ValueError(f"a training needs {field.name}: set it in the config")
-  return stage.Training(**options)
+  return stage.TrainConfig(**options)
 
 
 # ------------------------------------------------------------------- teachers
@@ -673,16 +679,16 @@ def make_teacher(
     functools.partial(network.init, jax.random.key(0)),
     jnp.zeros((1, config.data.size, config.data.size, 3)),
   )
-  encoded, validation_encoded = None, None
+  encoder_features, validation_encoded = None, None
   untrained = not hosts.on_first(lambda: checkpoint.is_finished(source))
   # A finished teacher's answers are had from its encoder's, too.
   wanted = untrained or (
     config.precompute_teacher and name in config.distil_from
   )
-  training = make_training(dict(c.training))
+  training = make_train_config(dict(c.training))
   drawn = is_drawn(c)
   if c.precompute and wanted and not drawn and not c.checkpoint:
-    encoded, validation_encoded = _encode(
+    encoder_features, validation_encoded = _encode(
       name, network, config, workdir, data, c.seed, stop
     )
   if untrained and drawn:
@@ -699,7 +705,7 @@ def make_teacher(
     if hosts.is_first():
       checkpoint.save_variables(destination, variables, about)
   elif untrained and not c.checkpoint:
-    contender = stage.Contender(
+    spec = stage.ArmSpec(
       kind=name,
       network=network,
       seed=int(c.seed),
@@ -709,14 +715,16 @@ def make_teacher(
     with enough_to_train(name, 1, config):
       stage.train_together(
         name,
-        {name: contender},
-        setting=make_setting(config),
+        {name: spec},
+        run_config=make_run_config(config),
         training=training,
         folder=workdir / "checkpoints" / name,
         arrays=data.train,
         validation=data.validation,
         log=log,
-        computed={"encoded": encoded} if encoded else None,
+        cached_outputs={"encoder_features": encoder_features}
+        if encoder_features
+        else None,
         validation_encoded=validation_encoded,
         stop=stop,
       )
@@ -728,12 +736,12 @@ def make_teacher(
       checkpoint.save_variables(destination, variables, about)
     return variables
 
-  return Teacher(network, _tree_of_first(load, expected), encoded)
+  return Teacher(network, _tree_of_first(load, expected), encoder_features)
 
 
 def is_drawn(teacher: ml_collections.ConfigDict) -> bool:
   """Whether a teacher of a config is neither trained nor taken from a file."""
-  training = make_training(dict(teacher.training))
+  training = make_train_config(dict(teacher.training))
   return not teacher.checkpoint and not training.steps(1, 1)
 
 
@@ -890,12 +898,12 @@ def join_teachers(
     return chosen[0] if chosen else None
   network = ensemble.Ensemble([teacher.network for teacher in chosen])
   variables = ensemble.join_variables([t.variables for t in chosen])
-  encoded = {
+  encoder_features = {
     f"members_{i}/{name}": values
     for i, teacher in enumerate(chosen)
-    for name, values in (teacher.encoded or {}).items()
+    for name, values in (teacher.encoder_features or {}).items()
   }
-  return Teacher(network, variables, encoded or None)
+  return Teacher(network, variables, encoder_features or None)
 
 
 # ------------------------------------------------------------------- students
@@ -906,10 +914,10 @@ def train_arms(
   workdir: pathlib.Path,
   data: Data,
   log: Log,
-  plans: list[Plan],
+  arm_ids: list[ArmId],
   methods: Mapping[str, objective.Method],
   teachers: Mapping[str, Teacher],
-  own: extensions_lib.Own,
+  extensions: extensions_lib.Extensions,
   stop: preemption.Stop,
 ) -> None:
   """Trains every arm that has no result yet, all of them together.
@@ -917,12 +925,12 @@ def train_arms(
   Arms that were stopped half-way are finished first, by themselves: arms that
   came later have seen nothing yet, and the batches are counted from 0.
   """
-  setting = make_setting(config)
-  training = make_training(dict(config.training))
+  run_config = make_run_config(config)
+  training = make_train_config(dict(config.training))
   teacher = join_teachers(config, teachers)
   while True:
-    by_key = {plan.key: plan for plan in plans}
-    keys, number = hosts.on_first(lambda: _next_group(config, plans, workdir))
+    by_key = {arm_id.key: arm_id for arm_id in arm_ids}
+    keys, number = hosts.on_first(lambda: _next_group(config, arm_ids, workdir))
     if not keys:
       return
     group = [by_key[key] for key in keys]
@@ -930,19 +938,19 @@ def train_arms(
     teaching = _make_teaching(
       config, workdir, data, teacher, [methods[p.method] for p in group], stop
     )
-    contenders = {
-      plan.key: make_contender(
-        plan, config, workdir, methods, teaching.shapes, own
+    specs = {
+      arm_id.key: make_spec(
+        arm_id, config, workdir, methods, teaching.shapes, extensions
       )
-      for plan in group
+      for arm_id in group
     }
-    alike = max(collections.Counter(plan.arm for plan in group).values())
-    at_once = min(setting.seeds_at_once, alike)
+    alike = max(collections.Counter(arm_id.arm for arm_id in group).values())
+    at_once = min(run_config.seeds_at_once, alike)
     with enough_to_train("students", len(group), config, at_once):
       stage.train_together(
         "students",
-        contenders,
-        setting=setting,
+        specs,
+        run_config=run_config,
         training=training,
         folder=folder,
         arrays=data.train,
@@ -951,7 +959,7 @@ def train_arms(
         all_may_diverge=True,
         teach=teaching.teach,
         teacher_variables=teaching.variables,
-        computed=teaching.computed,
+        cached_outputs=teaching.cached_outputs,
         stop=stop,
       )
 
@@ -980,18 +988,20 @@ def enough_to_train(
   )
 
 
-def list_untrained(workdir: pathlib.Path, plans: list[Plan]) -> list[Plan]:
+def list_untrained(workdir: pathlib.Path, arm_ids: list[ArmId]) -> list[ArmId]:
   """Returns the arms that have neither weights nor a reason for having none."""
   return [
-    plan
-    for plan in plans
-    if not checkpoint.is_finished(workdir / "arms" / plan.key)
-    and not (workdir / "arms" / plan.key / "failed.json").exists()
+    arm_id
+    for arm_id in arm_ids
+    if not checkpoint.is_finished(workdir / "arms" / arm_id.key)
+    and not (workdir / "arms" / arm_id.key / "failed.json").exists()
   ]
 
 
 def make_student(
-  name: str, config: ml_collections.ConfigDict, own: extensions_lib.Own
+  name: str,
+  config: ml_collections.ConfigDict,
+  extensions: extensions_lib.Extensions,
 ) -> nn.Module:
   """Returns the student of that name, with the options that the config has.
 
@@ -999,47 +1009,47 @@ def make_student(
     ValueError: on an unknown name or option.
   """
   options = dict(config.students.get(name, {}))
-  if name in own.students:
-    return own.students[name](axis_name=devices.AXIS, **options)
+  if name in extensions.students:
+    return extensions.students[name](axis_name=devices.AXIS, **options)
   return networks.make_network(name, axis_name=devices.AXIS, **options)
 
 
-def make_contender(
-  plan: Plan,
+def make_spec(
+  arm_id: ArmId,
   config: ml_collections.ConfigDict,
   workdir: pathlib.Path,
   methods: Mapping[str, objective.Method],
-  taught: Mapping[str, jax.ShapeDtypeStruct],
-  own: extensions_lib.Own,
-) -> stage.Contender:
+  teacher_out: Mapping[str, jax.ShapeDtypeStruct],
+  extensions: extensions_lib.Extensions,
+) -> stage.ArmSpec:
   """Returns the student of a plan, ready to be trained.
 
   Args:
-    plan: which one.
+    arm_id: which one.
     config: of the experiment.
     workdir: where its weights will go.
     methods: by name.
-    taught: shapes of the teacher's outputs for one image.
-    own: students that a user adds.
+    teacher_out: shapes of the teacher's outputs for one image.
+    extensions: students that a user adds.
 
   Raises:
     ValueError: if the student or the teacher lacks a tap of the method.
   """
-  method = methods[plan.method]
-  student = make_student(plan.student, config, own)
+  method = methods[arm_id.method]
+  student = make_student(arm_id.student, config, extensions)
   distiller, inputs = stage.make_distiller(
-    student, taught, method, size=config.data.size
+    student, teacher_out, method, size=config.data.size
   )
-  return stage.Contender(
-    kind=plan.arm,
+  return stage.ArmSpec(
+    kind=arm_id.arm,
     network=student,
-    seed=plan.seed,
-    destination=workdir / "arms" / plan.key,
+    seed=arm_id.seed,
+    destination=workdir / "arms" / arm_id.key,
     about={
-      "arm": plan.arm,
-      "network": plan.student,
-      "method": plan.method,
-      "switches": config.methods[plan.method].to_dict(),
+      "arm": arm_id.arm,
+      "network": arm_id.student,
+      "method": arm_id.method,
+      "switches": config.methods[arm_id.method].to_dict(),
     },
     method=method,
     distiller=distiller,
@@ -1048,20 +1058,20 @@ def make_contender(
 
 
 def _next_group(
-  config: ml_collections.ConfigDict, plans: list[Plan], workdir: pathlib.Path
+  config: ml_collections.ConfigDict, arm_ids: list[ArmId], workdir: pathlib.Path
 ) -> tuple[list[str], str]:
   """Returns the arms to train together next, and their number; or none.
 
   Raises:
     WorkdirError: if a training was begun with arms that are not in the plan.
   """
-  open_keys = [plan.key for plan in list_untrained(workdir, plans)]
+  open_keys = [arm_id.key for arm_id in list_untrained(workdir, arm_ids)]
   if not open_keys:
     return [], ""
   folder = workdir / "checkpoints" / "arms"
   with files.writing(folder):
     folder.mkdir(parents=True, exist_ok=True)
-  switches = {p.key: config.methods[p.method].to_dict() for p in plans}
+  switches = {p.key: config.methods[p.method].to_dict() for p in arm_ids}
   groups = _list_groups(workdir)
   for path in groups:
     keys = json.loads(path.read_text(encoding="utf-8"))
@@ -1101,13 +1111,13 @@ class Teaching:
   Attributes:
     teach: asks the teacher for every batch; see `step.make_prepare`.
     variables: of the teacher, for `teach`.
-    computed: the teacher's answers, computed before, in place of `teach`.
+    cached_outputs: the teacher's answers, computed before, in place of `teach`.
     shapes: of the teacher's outputs for one image.
   """
 
   teach: Callable[..., Mapping[str, jax.Array]] | None = None
   variables: Tree = None
-  computed: Mapping[str, Mapping[str, np.ndarray]] | None = None
+  cached_outputs: Mapping[str, Mapping[str, np.ndarray]] | None = None
   shapes: Mapping[str, jax.ShapeDtypeStruct] = dataclasses.field(
     default_factory=dict
   )
@@ -1133,7 +1143,7 @@ def _make_teaching(
     return Teaching()
   taps = list_taps(methods)
   teach = step_lib.make_teach(
-    teacher.network, taps, channels=config.taught_channels
+    teacher.network, taps, channels=config.teacher_channels
   )
   image = jax.ShapeDtypeStruct(
     (1, config.data.size, config.data.size, 3), jnp.float32
@@ -1145,20 +1155,20 @@ def _make_teaching(
     return Teaching(teach, teacher.variables, None, shapes)
 
   def answer(
-    variables: Tree, image: jax.Array, encoded: Tree = None
+    variables: Tree, image: jax.Array, encoder_features: Tree = None
   ) -> dict[str, jax.Array]:
-    encoded = _nested(encoded) if encoded else None
-    return teach(variables, image.astype(jnp.float32) / 255.0, encoded)
+    encoder_features = _nested(encoder_features) if encoder_features else None
+    return teach(variables, image.astype(jnp.float32) / 255.0, encoder_features)
 
   name = "+".join(config.distil_from)
   key = _key(
     pipeline.fingerprint(data.train),
     teacher.variables,
     repr(teacher.network),
-    str(config.taught_channels),
+    str(config.teacher_channels),
     *taps,
   )
-  computed = cache.compute(
+  cached_outputs = cache.compute(
     _within_memory(
       _mapped(answer, teacher.variables), f"{name}: answers", config
     ),
@@ -1166,12 +1176,12 @@ def _make_teaching(
     cache_folder(workdir) / f"taught-{key[:12]}",
     batch_size=config.evaluation.batch_size,
     key=key,
-    extra=teacher.encoded,
+    extra=teacher.encoder_features,
     progress=_progress(f"{name}: answers for the training images", stop),
   )
-  if config.taught_averaging == "dihedral":
-    computed = cache.average(computed)
-  return Teaching(None, None, {"taught": computed}, shapes)
+  if config.teacher_out_tta == "dihedral":
+    cached_outputs = cache.average(cached_outputs)
+  return Teaching(None, None, {"teacher_out": cached_outputs}, shapes)
 
 
 def _nested(flat: Mapping[str, jax.Array]) -> dict[str, Any]:
@@ -1193,9 +1203,9 @@ def score_arms(
   config: ml_collections.ConfigDict,
   workdir: pathlib.Path,
   data: Data,
-  plans: list[Plan],
+  arm_ids: list[ArmId],
   teachers: Mapping[str, Teacher],
-  own: extensions_lib.Own,
+  extensions: extensions_lib.Extensions,
   stop: preemption.Stop,
 ) -> None:
   """Scores every arm on every test set, once; rows go to scores.csv.
@@ -1215,7 +1225,8 @@ def score_arms(
     if dropped:
       _LOG.warning("scores.csv: scored again, as cut off: %s", dropped)
     return list(scores_lib.groups(rows)), [
-      checkpoint.is_finished(workdir / "arms" / plan.key) for plan in plans
+      checkpoint.is_finished(workdir / "arms" / arm_id.key)
+      for arm_id in arm_ids
     ]
 
   found, finished_plans = hosts.on_first(look)
@@ -1227,13 +1238,13 @@ def score_arms(
   ]
   if joint is not None and len(config.distil_from) > 1:
     entries.append((JOINT, config.seed, lambda: joint))
-  for plan, is_there in zip(plans, finished_plans):
+  for arm_id, is_there in zip(arm_ids, finished_plans):
     if is_there:
       entries.append(
         (
-          plan.arm,
-          plan.seed,
-          functools.partial(_student, plan, config, workdir, own),
+          arm_id.arm,
+          arm_id.seed,
+          functools.partial(_student, arm_id, config, workdir, extensions),
         )
       )
   predicts: dict[str, Callable[..., Any]] = {}
@@ -1249,10 +1260,8 @@ def score_arms(
       if repr(network.network) not in predicts:
         predicts[repr(network.network)] = stage.make_predict(network.network)
       is_teacher = arm.startswith(JOINT)
-      averaging = (
-        config.evaluation.teacher_averaging
-        if is_teacher
-        else config.evaluation.averaging
+      tta = (
+        config.evaluation.teacher_tta if is_teacher else config.evaluation.tta
       )
       scored = _score_group(
         (arm, seed, test),
@@ -1261,7 +1270,7 @@ def score_arms(
         arrays,
         workdir,
         batch_size=config.evaluation.batch_size,
-        averaging=averaging,
+        tta=tta,
         fingerprint=fingerprint,
         stop=asked,
       )
@@ -1288,7 +1297,7 @@ def _score_group(
   workdir: pathlib.Path,
   *,
   batch_size: int,
-  averaging: str,
+  tta: str,
   fingerprint: Callable[[str], str],
   stop: preemption.Stop,
 ) -> list[evaluate.Row]:
@@ -1301,7 +1310,7 @@ def _score_group(
   noted = workdir / _NOTED
 
   def look() -> list[list[evaluate.Row]]:
-    how = (arm, str(seed), test, averaging, str(batch_size))
+    how = (arm, str(seed), test, tta, str(batch_size))
     key = _key(fingerprint(test), teacher.variables, *how)
     return _read_noted(noted, key)
 
@@ -1323,7 +1332,7 @@ def _score_group(
       devices.replicate(teacher.variables),
       arrays,
       batch_size=batch_size,
-      averaging=averaging,
+      tta=tta,
       keep=functools.partial(_save_prediction, workdir, arm, seed, test),
       before=before,
       note=note,
@@ -1345,15 +1354,15 @@ def _read_noted(path: pathlib.Path, key: str) -> list[list[evaluate.Row]]:
 
 
 def _student(
-  plan: Plan,
+  arm_id: ArmId,
   config: ml_collections.ConfigDict,
   workdir: pathlib.Path,
-  own: extensions_lib.Own,
+  extensions: extensions_lib.Extensions,
 ) -> Teacher:
-  network = make_student(plan.student, config, own)
+  network = make_student(arm_id.student, config, extensions)
 
   def load() -> Tree:
-    return checkpoint.load_variables(workdir / "arms" / plan.key)[0]
+    return checkpoint.load_variables(workdir / "arms" / arm_id.key)[0]
 
   if not hosts.are_many():
     return Teacher(network, load())
@@ -1371,12 +1380,12 @@ def write_report(
   config: ml_collections.ConfigDict,
   workdir: pathlib.Path,
   data: Data,
-  plans: list[Plan],
-  own: extensions_lib.Own,
+  arm_ids: list[ArmId],
+  extensions: extensions_lib.Extensions,
 ) -> None:
   """Writes report.json, the tables and overlays.png from what lies there."""
   rows = scores_lib.read(workdir / "scores.csv")
-  meta = _describe_protocol(config, workdir, data, plans, own)
+  meta = _describe_protocol(config, workdir, data, arm_ids, extensions)
   checkpoint.write_json(workdir / "report.json", meta)
   cases, title = _pick_cases(workdir, data, rows)
   if cases:
@@ -1400,17 +1409,17 @@ def _describe_protocol(
   config: ml_collections.ConfigDict,
   workdir: pathlib.Path,
   data: Data,
-  plans: list[Plan],
-  own: extensions_lib.Own,
+  arm_ids: list[ArmId],
+  extensions: extensions_lib.Extensions,
 ) -> dict[str, Any]:
   """Returns what `report.summary` calls meta."""
   size = config.data.size
   arms, notes = {}, []
   folders = {name: workdir / "teachers" / name for name in config.teachers}
-  for plan in plans:
-    folder = workdir / "arms" / plan.key
+  for arm_id in arm_ids:
+    folder = workdir / "arms" / arm_id.key
     if checkpoint.is_finished(folder):
-      folders.setdefault(plan.arm, folder)
+      folders.setdefault(arm_id.arm, folder)
   macs: dict[str, float] = {}
   for arm, folder in folders.items():
     if not checkpoint.is_finished(folder):
@@ -1421,7 +1430,7 @@ def _describe_protocol(
         about["network"], **dict(config.teachers[arm].options)
       )
     else:
-      network = make_student(about["network"], config, own)
+      network = make_student(about["network"], config, extensions)
     if repr(network) not in macs:
       macs[repr(network)] = networks.count_macs(network, size=size)
     arms[arm] = {
@@ -1436,31 +1445,31 @@ def _describe_protocol(
     notes.append(
       f"{JOINT} is the mean probability of {', '.join(config.distil_from)}"
     )
-  for plan in plans:
+  for arm_id in arm_ids:
     for name in ("about.json", "failed.json"):
-      path = workdir / "arms" / plan.key / name
+      path = workdir / "arms" / arm_id.key / name
       if path.exists():
         why = json.loads(path.read_text(encoding="utf-8"))["diverged"]
         if why:
-          notes.append(f"{plan.arm}, seed {plan.seed}, diverged: {why}")
+          notes.append(f"{arm_id.arm}, seed {arm_id.seed}, diverged: {why}")
   excluded = ", ".join(data.train.excluded)
   if excluded:
     notes.append(
       f"kept out of training, as duplicates of test images: {excluded}"
     )
-  training = make_training(dict(config.training))
-  if config.taught_averaging != "none":
+  training = make_train_config(dict(config.training))
+  if config.teacher_out_tta != "none":
     notes.append(
       "what the students are taught is the mean of the teacher's logits and "
       "features over eight orientations; a teacher's score is that of the mean "
       "of its probabilities"
-      if config.evaluation.teacher_averaging != "none"
+      if config.evaluation.teacher_tta != "none"
       else "what the students are taught is the mean of the teacher's logits "
       "and features over eight orientations; its score is without averaging"
     )
-  averaging = config.evaluation.averaging
-  if config.evaluation.teacher_averaging != averaging:
-    averaging += f" (teachers: {config.evaluation.teacher_averaging})"
+  tta = config.evaluation.tta
+  if config.evaluation.teacher_tta != tta:
+    tta += f" (teachers: {config.evaluation.teacher_tta})"
   meta: dict[str, Any] = {
     "train": {
       "name": config.data.name,
@@ -1478,7 +1487,7 @@ def _describe_protocol(
       "resolution": size,
       "threshold": metrics.THRESHOLD,
       "interpolation": "bilinear",
-      "test_time_augmentation": averaging,
+      "test_time_augmentation": tta,
       "checkpoint": (
         f"best validation Dice, every {training.validate_epochs:g} epochs"
       ),
@@ -1494,7 +1503,7 @@ def _describe_protocol(
     meta["teacher"] = "" if drawn else teacher
   if "primary" in config:
     meta["primary"] = _primary_family(config, data)
-    meta["validation"] = _validation_dice(workdir, plans)
+    meta["validation"] = _validation_dice(workdir, arm_ids)
   groups = dict(config.evaluation.get("groups", {}))
   if groups:
     meta["groups"] = {name: list(ids) for name, ids in groups.items()}
@@ -1523,16 +1532,16 @@ def _primary_family(
 
 
 def _validation_dice(
-  workdir: pathlib.Path, plans: list[Plan]
+  workdir: pathlib.Path, arm_ids: list[ArmId]
 ) -> dict[str, dict[str, float]]:
   """Returns {arm: {seed: Dice of the weights that were kept}}."""
   found: dict[str, dict[str, float]] = {}
-  for plan in plans:
-    path = workdir / "arms" / plan.key / "about.json"
+  for arm_id in arm_ids:
+    path = workdir / "arms" / arm_id.key / "about.json"
     if path.exists():
       about = json.loads(path.read_text(encoding="utf-8"))
-      by_seed = found.setdefault(plan.arm, {})
-      by_seed[str(plan.seed)] = about["validation_dice"]
+      by_seed = found.setdefault(arm_id.arm, {})
+      by_seed[str(arm_id.seed)] = about["validation_dice"]
   return found
 
 

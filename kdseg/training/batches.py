@@ -22,24 +22,25 @@ def make_batches(
   seed: int,
   batch_size: int,
   steps: int,
-  computed: Mapping[str, Mapping[str, np.ndarray]] | None = None,
+  cached_outputs: Mapping[str, Mapping[str, np.ndarray]] | None = None,
 ) -> Callable[[int], Iterator[tuple[int, Tree, Made]]]:
   """Makes `batches(first_step)`, prefetched and split over the devices.
 
   Args:
     arrays: the training split.
     seed: of the run; with the step it decides the examples, and with
-      `computed` their orientation.
+      `cached_outputs` their orientation.
     batch_size: over all devices and hosts.
     steps: of the whole training.
-    computed: {"encoded" | "taught": {name: [8, N, ...]}}, answers of frozen
-      networks by orientation (see `cache`), or [1, N, h, w, ...], maps that
+    cached_outputs: {"encoder_features" | "teacher_out": {name: [8, N, ...]}},
+      outputs of frozen networks by orientation (see `cache`), or
+      [1, N, h, w, ...], maps that
       move with the image. With it, images, masks and such maps are brought
       into the drawn orientation here.
 
   Returns:
-    A function from the first step to an iterator of (step, batch, made_of):
-    the batch as `step.make_prepare` takes it; `made_of` with the examples'
+    A function from the first step to an iterator of (step, batch, batch_info):
+    the batch as `step.make_prepare` takes it; `batch_info` with the examples'
     "ids" and the host arrays.
   """
   count, index = jax.process_count(), jax.process_index()
@@ -55,12 +56,12 @@ def make_batches(
       process_count=count,
     ):
       rows = batch.pop("index")
-      made_of = {
+      batch_info = {
         "ids": [arrays.ids[i] for i in rows],
         "image": batch["image"],
         "mask": batch["mask"],
       }
-      if computed:
+      if cached_outputs:
         orientations = pipeline.shard_for_process(
           orientations_lib.draw_orientations(seed, step, batch_size),
           index,
@@ -72,7 +73,7 @@ def make_batches(
         batch["mask"] = orientations_lib.orient_each(
           batch["mask"], orientations
         )
-        for what, files in computed.items():
+        for what, files in cached_outputs.items():
           batch[what] = {
             name: (
               orientations_lib.orient_each(file[0, rows], orientations)
@@ -81,10 +82,10 @@ def make_batches(
             )
             for name, file in files.items()
           }
-      yield step, batch, made_of
+      yield step, batch, batch_info
 
   def put(example: tuple[int, dict, Made]) -> tuple[int, Tree, Made]:
-    step, batch, made_of = example
-    return step, devices.shard(batch), made_of
+    step, batch, batch_info = example
+    return step, devices.shard(batch), batch_info
 
   return lambda first_step: pipeline.prefetch(examples(first_step), put)

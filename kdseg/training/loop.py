@@ -43,7 +43,7 @@ class DivergedError(RuntimeError):
 
 
 @dataclasses.dataclass
-class Arm:
+class ArmState:
   """One network in training.
 
   Attributes:
@@ -124,7 +124,7 @@ def check_on_non_finite(value: str) -> None:
 
 
 def fit(
-  arms: dict[str, Arm],
+  arms: dict[str, ArmState],
   batches: Callable[[int], Iterator[tuple[int, Tree, Mapping[str, Any]]]],
   *,
   stage: str,
@@ -132,7 +132,7 @@ def fit(
   prepare: Callable[[int, Tree], Tree],
   validate: Callable[[str, Tree], float],
   log: Callable[[Mapping[str, Any]], None],
-  save: Callable[[int, dict[str, Arm]], None],
+  save: Callable[[int, dict[str, ArmState]], None],
   save_bad_batch: Callable[[str, int, Mapping[str, Any]], None],
   first_step: int = 0,
   on_non_finite: str = "stop",
@@ -180,7 +180,7 @@ def fit(
     )
   window: list[tuple[int, Mapping[str, Any], list[Measured]]] = []
   started, started_at, spent = time.monotonic(), first_step, 0.0
-  for step, batch, made_of in batches(first_step):
+  for step, batch, batch_info in batches(first_step):
     prepared = prepare(step, batch)
     if step == first_step:
       _compile(arms, live, stacks, prepared)
@@ -193,7 +193,7 @@ def fit(
       if name not in stacked:
         arms[name].state, metrics = arms[name].step(arms[name].state, prepared)
         measured.append((name, metrics))
-    window.append((step, made_of, measured))
+    window.append((step, batch_info, measured))
     done = step + 1
 
     if done == started_at + 1:
@@ -240,7 +240,7 @@ def fit(
 
 
 def _stack(
-  arms: Mapping[str, Arm], live: Sequence[str], at_once: int
+  arms: Mapping[str, ArmState], live: Sequence[str], at_once: int
 ) -> list[_Stack]:
   """Returns stacks of up to `at_once` arms of a kind, none of one arm."""
   kinds: dict[StepFn, list[str]] = {}
@@ -266,7 +266,7 @@ def _fetch(
     [[metrics for _, metrics in measured] for _, _, measured in window]
   )
   sorted_ = []
-  for (step, made_of, measured), values in zip(window, fetched):
+  for (step, batch_info, measured), values in zip(window, fetched):
     found: dict[str, Metrics] = {}
     for (names, _), metrics in zip(measured, values):
       if isinstance(names, str):
@@ -275,12 +275,12 @@ def _fetch(
       for place, name in enumerate(names):
         if name in live:
           found[name] = {key: x[place] for key, x in metrics.items()}
-    sorted_.append((step, made_of, found))
+    sorted_.append((step, batch_info, found))
   return sorted_
 
 
 def _compile(
-  arms: Mapping[str, Arm],
+  arms: Mapping[str, ArmState],
   live: list[str],
   stacks: Sequence[_Stack],
   prepared: Tree,
@@ -313,7 +313,7 @@ def _compile(
 
 
 def _drop_diverged(
-  arms: dict[str, Arm],
+  arms: dict[str, ArmState],
   live: list[str],
   window: list[tuple[int, Mapping[str, Any], dict[str, Metrics]]],
   stage: str,
@@ -325,8 +325,8 @@ def _drop_diverged(
   kept = []
   for name in live:
     bad = [
-      (step, made_of, values[name])
-      for step, made_of, values in window
+      (step, batch_info, values[name])
+      for step, batch_info, values in window
       if not values[name]["finite"]
     ]
     in_a_row = arms[name].skipped
@@ -338,14 +338,14 @@ def _drop_diverged(
     if not bad:
       kept.append(name)
       continue
-    step, made_of, values = bad[0]
+    step, batch_info, values = bad[0]
     # Of all hosts, who came here alike: what they measured is a mean of all.
-    ids = [i for part in hosts.gather(list(made_of["ids"])) for i in part]
+    ids = [i for part in hosts.gather(list(batch_info["ids"])) for i in part]
     odd = sorted(k for k, v in values.items() if not math.isfinite(v))
     why = (
       f"{', '.join(odd)} not finite at step {step}, batch of {', '.join(ids)}"
     )
-    save_bad_batch(name, step, made_of)
+    save_bad_batch(name, step, batch_info)
     if on_non_finite == "skip" and in_a_row < SKIPPED_AT_MOST:
       _LOG.warning(
         "%s: %s: skipped %d update(s): %s", stage, name, len(bad), why
@@ -415,7 +415,7 @@ def _report(
 
 def _validate(
   name: str,
-  arm: Arm,
+  arm: ArmState,
   done: int,
   stage: str,
   validate: Callable[[str, Tree], float],

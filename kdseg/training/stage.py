@@ -49,7 +49,7 @@ Computed = Mapping[str, Mapping[str, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Training:
+class TrainConfig:
   """How the networks of a stage are trained, all of them alike.
 
   Attributes:
@@ -62,7 +62,7 @@ class Training:
     weight_decay: decoupled, on kernels.
     clip_norm: of the gradients; 0 for none.
     encoder_scale: share of the learning rate for pretrained encoders.
-    average_decay: of the moving average of the weights; 0 for none.
+    ema_decay: of the moving average of the weights; 0 for none.
     validate_epochs: between validations.
     save_epochs: between checkpoints.
     on_non_finite: "stop" or "skip"; see `train.fit`.
@@ -77,7 +77,7 @@ class Training:
   weight_decay: float = 1e-4
   clip_norm: float = 1.0
   encoder_scale: float = 1.0
-  average_decay: float = 0.0
+  ema_decay: float = 0.0
   validate_epochs: float = 2.0
   save_epochs: float = 4.0
   on_non_finite: str = "stop"
@@ -117,7 +117,7 @@ class Training:
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
+class RunConfig:
   """What every stage of a run has in common.
 
   Attributes:
@@ -169,7 +169,7 @@ def seeds_at_once(wanted: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Contender:
+class ArmSpec:
   """One network of a stage.
 
   Attributes:
@@ -195,30 +195,30 @@ class Contender:
 
 def train_together(
   stage: str,
-  contenders: Mapping[str, Contender],
+  specs: Mapping[str, ArmSpec],
   *,
-  setting: Setting,
-  training: Training,
+  run_config: RunConfig,
+  training: TrainConfig,
   folder: pathlib.Path,
   arrays: pipeline.Arrays,
   validation: pipeline.Arrays,
   log: Callable[[Mapping[str, Any]], None],
   teach: Callable[..., Mapping[str, jax.Array]] | None = None,
   teacher_variables: Tree = None,
-  computed: Computed | None = None,
+  cached_outputs: Computed | None = None,
   validation_encoded: Mapping[str, np.ndarray] | None = None,
   all_may_diverge: bool = False,
   stop: preemption.Stop = preemption.never,
 ) -> None:
   """Trains networks on the same batches and writes the best of each.
 
-  A contender that diverges leaves the best weights it had; before its first
+  An arm that diverges leaves the best weights it had; before its first
   validation, a `failed.json` that says why in their place.
 
   Args:
     stage: name for logs.
-    contenders: by name.
-    setting: of the run.
+    specs: by name.
+    run_config: of the run.
     training: of the stage.
     folder: for checkpoints; a training that was stopped goes on from there.
     arrays: the training split.
@@ -226,7 +226,7 @@ def train_together(
     log: writes one record.
     teach: see `step.make_prepare`.
     teacher_variables: for `teach`.
-    computed: answers of frozen networks by orientation; see
+    cached_outputs: answers of frozen networks by orientation; see
       `feed.make_batches`.
     validation_encoded: what a frozen encoder made of the validation images.
     all_may_diverge: whether that is a result, and no error.
@@ -234,54 +234,58 @@ def train_together(
 
   Raises:
     StoppedError: if `stop` says so.
-    DivergedError: if every contender diverged, and they may not.
+    DivergedError: if every arm diverged, and they may not.
     CheckpointError: if the folder holds another stage's checkpoints.
   """
-  steps = training.steps(len(arrays), setting.batch_size)
-  per_epoch = len(arrays) / setting.batch_size
+  steps = training.steps(len(arrays), run_config.batch_size)
+  per_epoch = len(arrays) / run_config.batch_size
   batches = batches_lib.make_batches(
     arrays,
-    seed=setting.seed,
-    batch_size=setting.batch_size,
+    seed=run_config.seed,
+    batch_size=run_config.batch_size,
     steps=steps,
-    computed=computed,
+    cached_outputs=cached_outputs,
   )
-  prepare = make_prepare(setting, teach, teacher_variables, bool(computed))
-  deviations = None
-  if any(c.method.normalise == "std" for c in contenders.values()):
-    deviations = teacher_deviations(batches, prepare)
+  prepare = make_prepare(
+    run_config, teach, teacher_variables, bool(cached_outputs)
+  )
+  teacher_std = None
+  if any(c.method.normalise == "std" for c in specs.values()):
+    teacher_std = measure_teacher_std(batches, prepare)
 
-  arms = make_arms(contenders, setting, training, steps, deviations)
+  arms = make_arms(specs, run_config, training, steps, teacher_std)
   predicts: dict[Any, Callable[..., Any]] = {}
-  for contender in contenders.values():
-    network = type(contender.network), repr(contender.network)
+  for spec in specs.values():
+    network = type(spec.network), repr(spec.network)
     if network not in predicts:
-      predicts[network] = make_predict(contender.network)
+      predicts[network] = make_predict(spec.network)
 
   def validate(name: str, variables: Tree) -> float:
-    network = contenders[name].network
+    network = specs[name].network
     with memory.enough(
-      f"{stage}: validation in batches of {setting.evaluation_batch_size}",
+      f"{stage}: validation in batches of {run_config.evaluation_batch_size}",
       LOWER_EVALUATION,
     ):
       return evaluate.mean_dice(
         predicts[type(network), repr(network)],
         variables,
         validation,
-        batch_size=setting.evaluation_batch_size,
-        encoded=validation_encoded,
+        batch_size=run_config.evaluation_batch_size,
+        encoder_features=validation_encoded,
       )
 
-  def save_bad_batch(name: str, step: int, made_of: Mapping[str, Any]) -> None:
+  def save_bad_batch(
+    name: str, step: int, batch_info: Mapping[str, Any]
+  ) -> None:
     if not hosts.is_first():
       return
     path = folder / f"non_finite-{name}-step{step}.npz"
     with files.whole(path) as file:
       np.savez_compressed(
         file,
-        image=made_of["image"],
-        mask=made_of["mask"],
-        ids=np.array(made_of["ids"]),
+        image=batch_info["image"],
+        mask=batch_info["mask"],
+        ids=np.array(batch_info["ids"]),
       )
     _LOG.warning("%s: the batch is saved in %s", stage, path)
 
@@ -301,7 +305,7 @@ def train_together(
           steps=steps,
           validate_every=max(1, round(training.validate_epochs * per_epoch)),
           save_every=max(1, round(training.save_epochs * per_epoch)),
-          log_every=setting.log_every,
+          log_every=run_config.log_every,
         ),
         prepare=prepare,
         validate=validate,
@@ -311,77 +315,75 @@ def train_together(
         first_step=first_step,
         on_non_finite=training.on_non_finite,
         stop=hosts.share_question(stop),
-        at_once=setting.seeds_at_once,
+        at_once=run_config.seeds_at_once,
       )
   if hosts.is_first():
     for name, arm in arms.items():
-      _write_result(contenders[name], arm, steps)
+      _write_result(specs[name], arm, steps)
 
 
 def make_arms(
-  contenders: Mapping[str, Contender],
-  setting: Setting,
-  training: Training,
+  specs: Mapping[str, ArmSpec],
+  run_config: RunConfig,
+  training: TrainConfig,
   steps: int,
-  deviations: Mapping[str, np.ndarray] | None = None,
-) -> dict[str, loop.Arm]:
+  teacher_std: Mapping[str, np.ndarray] | None = None,
+) -> dict[str, loop.ArmState]:
   """Returns the contenders before their first step, with their updates.
 
   Args:
-    contenders: by name.
-    setting: of the run.
+    specs: by name.
+    run_config: of the run.
     training: of the stage.
     steps: of the whole training.
-    deviations: of the teacher's taps, for methods that normalise by them; see
-      `teacher_deviations`.
+    teacher_std: of the teacher's taps, for methods that normalise by them; see
+      `measure_teacher_std`.
   """
   # Compiled once for all that are alike.
   initializers: dict[Any, Callable[[jax.Array], Tree]] = {}
   distillers: dict[str, Callable[[jax.Array], Tree]] = {}
   initial: dict[str, Callable[[int], state_lib.TrainState]] = {}
   compiled: dict[str, tuple[loop.StepFn, loop.StepFn]] = {}
-  arms: dict[str, loop.Arm] = {}
-  for name, contender in contenders.items():
-    if contender.kind not in compiled:
-      tx = training.make_tx(
-        steps, getattr(contender.network, "is_frozen", None)
-      )
-      network = type(contender.network), repr(contender.network)
+  arms: dict[str, loop.ArmState] = {}
+  for name, spec in specs.items():
+    if spec.kind not in compiled:
+      tx = training.make_tx(steps, getattr(spec.network, "is_frozen", None))
+      network = type(spec.network), repr(spec.network)
       if network not in initializers:
         initializers[network] = networks.make_initializer(
-          contender.network, size=setting.size, weights=setting.encoder_weights
+          spec.network, size=run_config.size, weights=run_config.encoder_weights
         )
-      distiller = repr((contender.distiller, contender.distiller_inputs))
+      distiller = repr((spec.distiller, spec.distiller_inputs))
       if distiller not in distillers:
-        distillers[distiller] = _distiller_initializer(contender)
-      initial[contender.kind] = functools.partial(
+        distillers[distiller] = _distiller_initializer(spec)
+      initial[spec.kind] = functools.partial(
         initial_state,
         initialize=initializers[network],
         initialize_distiller=distillers[distiller],
         tx=tx,
-        terms=objective.balanced_names(contender.method),
-        keep_average=training.average_decay > 0,
+        terms=objective.balanced_names(spec.method),
+        keep_average=training.ema_decay > 0,
       )
       update = step_lib.make_train_step(
-        contender.network,
+        spec.network,
         tx,
-        segmentation=contender.method.segmentation or setting.segmentation,
+        segmentation=spec.method.segmentation or run_config.segmentation,
         steps=steps,
-        method=contender.method,
-        distiller=contender.distiller,
-        teacher_std=deviations,
-        average_decay=training.average_decay,
+        method=spec.method,
+        distiller=spec.distiller,
+        teacher_std=teacher_std,
+        ema_decay=training.ema_decay,
       )
       mapped = functools.partial(
         devices.parallel, replicated=1, out_replicated=True, donate=True
       )
-      compiled[contender.kind] = (
+      compiled[spec.kind] = (
         mapped(update),
         mapped(jax.vmap(update, in_axes=(0, None))),
       )
-    one, several = compiled[contender.kind]
-    arms[name] = loop.Arm(
-      state=devices.replicate(initial[contender.kind](contender.seed)),
+    one, several = compiled[spec.kind]
+    arms[name] = loop.ArmState(
+      state=devices.replicate(initial[spec.kind](spec.seed)),
       step=one,
       step_stacked=several,
     )
@@ -389,7 +391,7 @@ def make_arms(
 
 
 def make_prepare(
-  setting: Setting,
+  run_config: RunConfig,
   teach: Callable[..., Mapping[str, jax.Array]] | None,
   teacher_variables: Tree,
   oriented: bool,
@@ -397,13 +399,13 @@ def make_prepare(
   """Returns (step, batch) -> what the arms are given.
 
   Args:
-    setting: of the run.
+    run_config: of the run.
     teach: asks the teacher; see `step.make_prepare`.
     teacher_variables: for `teach`.
     oriented: whether the batches come in an orientation that was drawn
       before, for which frozen networks have answered; no others are made then.
   """
-  options = dict(setting.augment)
+  options = dict(run_config.augment)
   if oriented:
     # The frozen networks have answered for eight orientations, no others.
     options |= {"flips": False, "quarter_turns": False}
@@ -416,7 +418,7 @@ def make_prepare(
     out_replicated=False,
   )
   held = devices.replicate({} if teach is None else teacher_variables)
-  seed = devices.replicate(jnp.asarray(setting.seed, jnp.int32))
+  seed = devices.replicate(jnp.asarray(run_config.seed, jnp.int32))
 
   def prepare(step: int, batch: Tree) -> Tree:
     at = devices.replicate(jnp.asarray(step, jnp.int32))
@@ -434,7 +436,7 @@ def make_predict(network: nn.Module) -> Callable[..., Any]:
   )
 
 
-def teacher_deviations(
+def measure_teacher_std(
   batches: Callable[[int], Any],
   prepare: Callable[[int, Tree], Tree],
   count: int = 16,
@@ -443,7 +445,7 @@ def teacher_deviations(
 
   Args:
     batches: as of `feed.make_batches`.
-    prepare: gives "taught".
+    prepare: gives "teacher_out".
     count: of batches, at most.
 
   Returns:
@@ -453,7 +455,7 @@ def teacher_deviations(
   for number, (step, batch, _) in enumerate(batches(0)):
     if number == count:
       break
-    for name, value in prepare(step, batch)["taught"].items():
+    for name, value in prepare(step, batch)["teacher_out"].items():
       if name != "logits":
         flat = np.asarray(value, np.float64).reshape(-1, value.shape[-1])
         moments = np.stack([flat.mean(0), np.square(flat).mean(0)])
@@ -463,14 +465,14 @@ def teacher_deviations(
           if hosts.are_many()
           else moments
         )
-  deviations = {}
+  teacher_std = {}
   for name, moments in sums.items():
     mean, square = np.mean(moments, axis=0)
     deviation = np.sqrt(np.maximum(square - mean**2, 0.0))
-    deviations[name] = np.maximum(
+    teacher_std[name] = np.maximum(
       deviation, 1e-3 * max(deviation.max(), 1e-6)
     ).astype(np.float32)
-  return deviations
+  return teacher_std
 
 
 def check_taps(
@@ -487,7 +489,7 @@ def check_taps(
 
 def make_distiller(
   student: nn.Module,
-  taught: Mapping[str, jax.ShapeDtypeStruct],
+  teacher_out: Mapping[str, jax.ShapeDtypeStruct],
   method: objective.Method,
   *,
   size: int,
@@ -496,12 +498,12 @@ def make_distiller(
 
   Args:
     student: the network that is taught.
-    taught: shapes of the teacher's outputs, [B, h, w, C].
+    teacher_out: shapes of the teacher's outputs, [B, h, w, C].
     method: its feature terms decide what is needed.
     size: side of the images in pixels.
 
   Returns:
-    (module, (features, grids)) for `Contender`; (None, ...) where the method
+    (module, (features, grids)) for `ArmSpec`; (None, ...) where the method
     has no feature term.
 
   Raises:
@@ -513,11 +515,11 @@ def make_distiller(
   out = jax.eval_shape(
     lambda rng: student.init_with_output(rng, image)[0], jax.random.key(0)
   )
-  check_taps(method.taps, out, taught)
+  check_taps(method.taps, out, teacher_out)
   if not method.feature_terms:
     return None, ((), ())
   module = layers_lib.Distiller(
-    taps={tap: taught[tap].shape[-1] for tap in method.taps},
+    taps={tap: teacher_out[tap].shape[-1] for tap in method.taps},
     heads=method.generator_heads,
     generator=method.generator,
     width=method.generator_width,
@@ -526,7 +528,7 @@ def make_distiller(
     tokens=method.token_count,
   )
   features = {tap: out[tap] for tap in method.taps}
-  grids = {tap: taught[tap].shape[1:3] for tap in method.taps}
+  grids = {tap: teacher_out[tap].shape[1:3] for tap in method.taps}
   return module, (features, grids)
 
 
@@ -561,18 +563,18 @@ def initial_state(
     )
 
 
-def _distiller_initializer(contender: Contender) -> Callable[..., Tree]:
+def _distiller_initializer(spec: ArmSpec) -> Callable[..., Tree]:
   """Returns rng -> parameters of a distiller, {} where there is none."""
-  if contender.distiller is None:
+  if spec.distiller is None:
     return lambda rng: {}
-  shapes, grids = contender.distiller_inputs
+  shapes, grids = spec.distiller_inputs
   zeros = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
   return networks.on_processor(
-    lambda rng: contender.distiller.init(rng, zeros, grids).get("params", {})
+    lambda rng: spec.distiller.init(rng, zeros, grids).get("params", {})
   )
 
 
-def _pack(arms: Mapping[str, loop.Arm]) -> tuple[Tree, dict[str, Any]]:
+def _pack(arms: Mapping[str, loop.ArmState]) -> tuple[Tree, dict[str, Any]]:
   """Splits arms into arrays by path and what JSON can say."""
   tree, extra = {}, {}
   for name, arm in arms.items():
@@ -587,14 +589,14 @@ def _pack(arms: Mapping[str, loop.Arm]) -> tuple[Tree, dict[str, Any]]:
   return tree, {"arms": extra}
 
 
-def _save(manager: Any, step: int, arms: Mapping[str, loop.Arm]) -> None:
+def _save(manager: Any, step: int, arms: Mapping[str, loop.ArmState]) -> None:
   """Saves the arms, on the host that has the checkpoints."""
   if manager is not None:
     checkpoint.save(manager, step, *_pack(arms))
 
 
 def _resume(
-  manager: Any, arms: dict[str, loop.Arm], stage: str, steps: int
+  manager: Any, arms: dict[str, loop.ArmState], stage: str, steps: int
 ) -> int:
   """Puts the latest checkpoint into `arms`; returns the steps done.
 
@@ -665,20 +667,20 @@ def _nest_arms(flat: Mapping[str, np.ndarray], names: list[str]) -> Tree:
   return tree
 
 
-def _write_result(contender: Contender, arm: loop.Arm, steps: int) -> None:
+def _write_result(spec: ArmSpec, arm: loop.ArmState, steps: int) -> None:
   about = {
-    **contender.about,
-    "seed": contender.seed,
+    **spec.about,
+    "seed": spec.seed,
     "steps": steps,
     "diverged": arm.diverged,
   }
   if not arm.best:
-    with files.writing(contender.destination):
-      contender.destination.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_json(contender.destination / "failed.json", about)
+    with files.writing(spec.destination):
+      spec.destination.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_json(spec.destination / "failed.json", about)
     return
   checkpoint.save_variables(
-    contender.destination,
+    spec.destination,
     arm.best["variables"],
     {
       **about,

@@ -66,12 +66,12 @@ def make_prepare(
       mask float32).
     teach: (teacher_variables, image) -> the named outputs that the arms
       read; None where nothing is taught, or where the batch brings the
-      teacher's outputs with it, under "taught".
+      teacher's outputs with it, under "teacher_out".
 
   Returns:
     A function to be mapped by `parallel`; its batch holds "image" [B, H, W, 3]
-    uint8, "mask" [B, H, W] uint8, and optionally "taught" and "encoded",
-    dictionaries of arrays computed before.
+    uint8, "mask" [B, H, W] uint8, and optionally "teacher_out" and
+    "encoder_features", dictionaries of arrays computed before.
   """
 
   def prepare(
@@ -80,14 +80,14 @@ def make_prepare(
     keys = example_keys(seed, step, AUGMENT, batch["image"].shape[0])
     image, mask = augment(keys, batch["image"], batch["mask"])
     prepared = {"image": image, "mask": mask}
-    if "encoded" in batch:
-      prepared["encoded"] = batch["encoded"]
-    if "taught" in batch:
-      prepared["taught"] = jax.tree.map(
-        lambda x: x.astype(jnp.float32), batch["taught"]
+    if "encoder_features" in batch:
+      prepared["encoder_features"] = batch["encoder_features"]
+    if "teacher_out" in batch:
+      prepared["teacher_out"] = jax.tree.map(
+        lambda x: x.astype(jnp.float32), batch["teacher_out"]
       )
     elif teach is not None:
-      prepared["taught"] = teach(teacher_variables, image)
+      prepared["teacher_out"] = teach(teacher_variables, image)
     return prepared
 
   return prepare
@@ -109,19 +109,21 @@ def make_teach(
   """
 
   def teach(
-    variables: Tree, image: Array, encoded: Batch | None = None
+    variables: Tree, image: Array, encoder_features: Batch | None = None
   ) -> dict[str, Array]:
-    extra = {} if encoded is None else {"encoded": encoded}
+    extra = (
+      {} if encoder_features is None else {"encoder_features": encoder_features}
+    )
     out = teacher.apply(variables, image, train=False, **extra)
-    taught = {"logits": out["logits"]}
+    teacher_out = {"logits": out["logits"]}
     for name in names:
       if name != "logits":
         have = out[name].shape[-1]
         wanted = (
           min(have, channels) if channels else layers_lib.target_channels(have)
         )
-        taught[name] = layers_lib.project(out[name], wanted)
-    return jax.tree.map(jax.lax.stop_gradient, taught)
+        teacher_out[name] = layers_lib.project(out[name], wanted)
+    return jax.tree.map(jax.lax.stop_gradient, teacher_out)
 
   return teach
 
@@ -135,7 +137,7 @@ def make_train_step(
   method: objective.Method | None = None,
   distiller: nn.Module | None = None,
   teacher_std: Mapping[str, Array] | None = None,
-  average_decay: float = 0.0,
+  ema_decay: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
   """Makes one arm's update, to be mapped by `parallel`.
 
@@ -151,7 +153,7 @@ def make_train_step(
     distiller: with the align and generator layers, if the method has feature
       terms.
     teacher_std: by tap, [C], for methods that normalise by it.
-    average_decay: of the moving average of the network; 0 for none. The
+    ema_decay: of the moving average of the network; 0 for none. The
       average of the first steps is shorter, min(decay, (1 + t) / (10 + t)).
 
   Returns:
@@ -169,8 +171,8 @@ def make_train_step(
     # Dropout draws once for the device's batch.
     rngs = {"dropout": keys(DROP)[0]}
     given = {}
-    if "encoded" in prepared:
-      given["encoded"] = prepared["encoded"]
+    if "encoder_features" in prepared:
+      given["encoder_features"] = prepared["encoder_features"]
 
     def loss_fn(params: Tree) -> tuple[Array, tuple[dict, Tree, dict]]:
       out, updated = network.apply(
@@ -196,7 +198,7 @@ def make_train_step(
           )
         terms = objective.distillation_terms(
           out,
-          prepared["taught"],
+          prepared["teacher_out"],
           labels,
           keys(HIDE),
           method=method,
@@ -233,10 +235,8 @@ def make_train_step(
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     average = state.average
-    if average_decay:
-      decay = jnp.minimum(
-        average_decay, (1.0 + state.step) / (10.0 + state.step)
-      )
+    if ema_decay:
+      decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
       average = jax.tree.map(
         lambda old, new: decay * old + (1.0 - decay) * new,
         average,
@@ -263,12 +263,12 @@ def make_predict(
 ) -> Callable[[Tree, Batch], Array]:
   """Makes `predict(variables, batch)`: probabilities [B, H, W], float32.
 
-  The batch holds "image" [B, H, W, 3] uint8 and optionally "encoded".
+  The batch holds "image" [B, H, W, 3] uint8 and optionally "encoder_features".
   """
 
   def predict(variables: Tree, batch: Batch) -> Array:
     image = batch["image"].astype(jnp.float32) / 255.0
-    given = {k: batch[k] for k in ("encoded",) if k in batch}
+    given = {k: batch[k] for k in ("encoder_features",) if k in batch}
     out = network.apply(variables, image, train=False, **given)
     return jax.nn.sigmoid(out["logits"].astype(jnp.float32))
 

@@ -34,18 +34,18 @@ def _answers():
     network = tiny.Network(channels)
     variables = network.init(jax.random.key(seed), image)
     outs.append(network.apply(variables, image))
-  out, taught = outs
+  out, teacher_out = outs
   labels = jnp.asarray(masks, jnp.float32)
   # A teacher that sees the lesions, and sees them to the right of the truth.
-  taught["logits"] = 8.0 * (jnp.roll(labels, 6, axis=2) - 0.5)
-  return out, taught, labels
+  teacher_out["logits"] = 8.0 * (jnp.roll(labels, 6, axis=2) - 0.5)
+  return out, teacher_out, labels
 
 
 @functools.cache
 def _shapes():
-  _, taught, _ = _answers()
+  _, teacher_out, _ = _answers()
   return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), taught
+    lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), teacher_out
   )
 
 
@@ -63,13 +63,13 @@ def make_distiller(method):
 
 def distil(method, *, seed=0, module=None, params=None, **changes):
   """The terms of `method`, with its own distiller unless one is given."""
-  out, taught, labels = _answers()
+  out, teacher_out, labels = _answers()
   if module is None:
     module, params = make_distiller(method)
-  given = {"out": out, "taught": taught, "labels": labels, **changes}
+  given = {"out": out, "teacher_out": teacher_out, "labels": labels, **changes}
   return objective.distillation_terms(
     given["out"],
-    given["taught"],
+    given["teacher_out"],
     given["labels"],
     jax.random.key(seed),
     method=method,
@@ -292,7 +292,7 @@ def test_smoothed_labels_are_a_tenth_of_the_way_to_a_half():
 
 @pytest.mark.parametrize("own", [{}, {"smoothed_bce": 1.0, "dice": 0.5}])
 def test_a_task_loss_of_its_own_takes_the_place_of_that_of_the_run(
-  own, monkeypatch, tmp_path
+  extensions, monkeypatch, tmp_path
 ):
   asked = []
 
@@ -306,30 +306,30 @@ def test_a_task_loss_of_its_own_takes_the_place_of_that_of_the_run(
     name="synthetic", split="train", ids=tuple("abcdefgh"), image=image,
     mask=mask, official_count=8, found_count=8,
   )  # fmt: skip
-  contender = stage.Contender(
+  spec = stage.ArmSpec(
     kind="plain",
     network=tiny.Network(2),
     seed=0,
     destination=tmp_path,
     about={},
-    method=objective.Method(segmentation=own),
+    method=objective.Method(segmentation=extensions),
   )
-  setting = stage.Setting(
+  run_config = stage.RunConfig(
     seed=0, batch_size=8, evaluation_batch_size=8, size=tiny.SIDE,
     segmentation={"bce": 1.0}, augment={}, encoder_weights=False, log_every=1,
   )  # fmt: skip
   with pytest.raises(KeyboardInterrupt):
     stage.train_together(
       "students",
-      {"plain": contender},
-      setting=setting,
-      training=stage.Training(epochs=1.0, learning_rate=0.1),
+      {"plain": spec},
+      run_config=run_config,
+      training=stage.TrainConfig(epochs=1.0, learning_rate=0.1),
       folder=tmp_path / "steps",
       arrays=arrays,
       validation=arrays,
       log=print,
     )
-  assert asked == [own or {"bce": 1.0}]
+  assert asked == [extensions or {"bce": 1.0}]
 
 
 # --------------------------------------------------------------- distillation
@@ -359,15 +359,18 @@ SWITCHES = [
 
 @pytest.mark.parametrize("switches", SWITCHES, ids=str)
 def test_every_switch_runs_and_teaches_the_student(switches):
-  out, taught, _ = _answers()
+  out, teacher_out, _ = _answers()
   method = make_method(**switches)
   module, params = make_distiller(method)
-  deviations = {tap: jnp.full(taught[tap].shape[-1], 2.0) for tap in taught
-                if tap != "logits"}  # fmt: skip
+  teacher_std = {
+    tap: jnp.full(teacher_out[tap].shape[-1], 2.0)
+    for tap in teacher_out
+    if tap != "logits"
+  }
 
   def total(out, params):
     terms = distil(
-      method, module=module, params=params, out=out, teacher_std=deviations
+      method, module=module, params=params, out=out, teacher_std=teacher_std
     )
     names = objective.term_names(method)
     assert set(terms) == {n for term in names.values() for n in term}
@@ -421,15 +424,15 @@ CHANGES = [
 
 @pytest.mark.parametrize("switches", CHANGES, ids=str)
 def test_every_switch_reaches_its_loss(switches):
-  _, taught, _ = _answers()
-  deviations = {
-    tap: jnp.full(taught[tap].shape[-1], 2.0) for tap in ("low", "high")
+  _, teacher_out, _ = _answers()
+  teacher_std = {
+    tap: jnp.full(teacher_out[tap].shape[-1], 2.0) for tap in ("low", "high")
   }
   changed = make_method(**{**BAND, **switches})
   term = switches.get("term", "mbf")
   default = make_method(term, **BAND)
   module, params = make_distiller(default)
-  given = {"module": module, "params": params, "teacher_std": deviations}
+  given = {"module": module, "params": params, "teacher_std": teacher_std}
   before, after = distil(default, **given), distil(changed, **given)
   assert before.keys() == after.keys()
   for name in before:
@@ -483,21 +486,23 @@ def test_hiding_nothing_before_no_generator_is_fitnet():
 
 
 def test_shuffled_answers_are_those_for_another_image():
-  _, taught, _ = _answers()
+  _, teacher_out, _ = _answers()
   method = make_method("kd", answers="shuffled")
-  other = {name: x[::-1] for name, x in taught.items()}  # of two images
-  expected = distil(make_method("kd"), taught=other)["kd"]
+  other = {name: x[::-1] for name, x in teacher_out.items()}  # of two images
+  expected = distil(make_method("kd"), teacher_out=other)["kd"]
   np.testing.assert_allclose(distil(method)["kd"], expected, rtol=1e-6)
   assert distil(make_method("kd"))["kd"] != expected
 
 
 def test_a_lone_image_has_no_other_to_take_the_answers_of():
-  out, taught, labels = (jax.tree.map(lambda x: x[:1], t) for t in _answers())
+  out, teacher_out, labels = (
+    jax.tree.map(lambda x: x[:1], t) for t in _answers()
+  )
   with pytest.raises(ValueError, match=r"raise data\.batch_size"):
     distil(
       make_method("kd", answers="shuffled"),
       out=out,
-      taught=taught,
+      teacher_out=teacher_out,
       labels=labels,
     )
 
@@ -517,26 +522,28 @@ def test_the_key_decides_what_is_hidden_and_nothing_else():
   "region", ["gt_band", "teacher_band", "union", "disagreement"]
 )
 def test_the_teacher_gets_no_gradient(region):
-  _, taught, _ = _answers()
+  _, teacher_out, _ = _answers()
   terms = dict.fromkeys(set(objective.TERMS) - {"mgd", "m2bf"}, 1.0)
   method = objective.Method(terms=terms, taps=("low",), region=region)
   module, params = make_distiller(method)
   gradient = jax.jit(
     jax.grad(
-      lambda taught: sum(
-        distil(method, module=module, params=params, taught=taught).values()
+      lambda teacher_out: sum(
+        distil(
+          method, module=module, params=params, teacher_out=teacher_out
+        ).values()
       )
     )
-  )(taught)
+  )(teacher_out)
   assert not any(leaf.any() for leaf in jax.tree.leaves(gradient))
 
 
 def test_terms_are_the_losses_they_are_named_after():
-  out, taught, labels = _answers()
+  out, teacher_out, labels = _answers()
   terms = objective.RELATION_TERMS + objective.LOGIT_TERMS
   found = distil(objective.Method(terms=dict.fromkeys(terms, 1.0)))
-  pair = out["logits"], taught["logits"]
-  taps = [{tap: x[tap] for tap in ("low", "high")} for x in (out, taught)]
+  pair = out["logits"], teacher_out["logits"]
+  taps = [{tap: x[tap] for tap in ("low", "high")} for x in (out, teacher_out)]
   expected = {
     "kd": logit_losses.kd(*pair),
     "cwd": logit_losses.cwd(*pair),
@@ -547,7 +554,7 @@ def test_terms_are_the_losses_they_are_named_after():
     "emkd": relations.emkd(*pair, *taps, labels),
   }
   for tap in ("low", "high"):
-    pair = out[tap], taught[tap]
+    pair = out[tap], teacher_out[tap]
     expected |= {
       f"at_{tap}": relations.at(*pair),
       f"skd_pa_{tap}": relations.skd_pa(*pair),
@@ -612,14 +619,14 @@ def test_the_tokens_learn_from_their_fit_and_the_student_from_the_distance():
 
 
 def test_a_term_that_is_not_asked_for_is_not_computed():
-  out, taught, labels = _answers()
+  out, teacher_out, labels = _answers()
 
   def unwanted(*arguments, **options):
     raise AssertionError("the distiller was called")
 
   terms = objective.distillation_terms(
     {"logits": out["logits"]},
-    {"logits": taught["logits"]},
+    {"logits": teacher_out["logits"]},
     labels,
     jax.random.key(0),
     method=make_method("kd"),
@@ -721,33 +728,35 @@ def test_a_term_of_zero_stays_finite():
 
 def add(name, loss):
   return objective.make_method(
-    {"terms": {name: 2.0}}, extensions.Own(terms={name: loss})
+    {"terms": {name: 2.0}}, extensions.Extensions(terms={name: loss})
   )
 
 
 def test_a_term_of_a_users_own_is_the_mean_of_what_it_returns():
-  method = add("mine", lambda out, taught, labels, rng: jnp.array([1.0, 3.0]))
+  method = add(
+    "mine", lambda out, teacher_out, labels, rng: jnp.array([1.0, 3.0])
+  )
   assert distil(method) == {"mine": 2.0}
   assert objective.term_names(method) == {"mine": ("mine",)}
   assert objective.balanced_names(method) == ()
 
 
 def test_a_term_of_a_users_own_moves_no_teacher():
-  def loss(out, taught, labels, rng):
-    return jnp.mean(out["logits"] * taught["logits"], (1, 2))
+  def loss(out, teacher_out, labels, rng):
+    return jnp.mean(out["logits"] * teacher_out["logits"], (1, 2))
 
-  _, taught, _ = _answers()
+  _, teacher_out, _ = _answers()
   gradient = jax.grad(
     lambda logits: distil(
-      add("mine", loss), taught={**taught, "logits": logits}
+      add("mine", loss), teacher_out={**teacher_out, "logits": logits}
     )["mine"]
-  )(taught["logits"])
+  )(teacher_out["logits"])
   assert not gradient.any()
 
 
 def test_a_term_of_a_users_own_gets_a_key_an_image():
   seen = []
-  add_up = lambda out, taught, labels, rng: (  # noqa: E731
+  add_up = lambda out, teacher_out, labels, rng: (  # noqa: E731
     seen.append(rng.shape) or jax.vmap(jax.random.uniform)(rng)
   )
   first, other = (distil(add("mine", add_up), seed=s)["mine"] for s in (0, 1))
@@ -757,13 +766,13 @@ def test_a_term_of_a_users_own_gets_a_key_an_image():
 
 def test_a_term_of_a_users_own_without_a_value_an_image_is_refused():
   with pytest.raises(ValueError, match=r"mine gives \(\), not one value an im"):
-    distil(add("mine", lambda out, taught, labels, rng: jnp.zeros(())))
+    distil(add("mine", lambda out, teacher_out, labels, rng: jnp.zeros(())))
 
 
 def test_a_region_of_a_users_own_is_where_features_are_hidden():
   everywhere = objective.make_method(
     {"terms": {"mbf": 1.0}, "region": "mine", "mask_ratio": 1.0},
-    extensions.Own(
+    extensions.Extensions(
       regions={"mine": lambda labels, radius: jnp.ones_like(labels)}
     ),
   )

@@ -126,17 +126,17 @@ def _check_taps(config):
   wanted = {}
   if not teachers:
     return wanted
-  for plan in run.plan_arms(config):
-    method = objective.make_method(dict(config.methods[plan.method]))
+  for arm_id in run.list_arms(config):
+    method = objective.make_method(dict(config.methods[arm_id.method]))
     if method.needs_taps:
-      wanted[plan.student, plan.method] = method
+      wanted[arm_id.student, arm_id.method] = method
   teacher = teachers[0] if len(teachers) == 1 else ensemble.Ensemble(teachers)
   teach = step_lib.make_teach(
     teacher,
     run.list_taps(wanted.values()),
-    channels=config.taught_channels,
+    channels=config.teacher_channels,
   )
-  taught = jax.eval_shape(
+  teacher_out = jax.eval_shape(
     teach,
     shapes(teacher, size),
     jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32),
@@ -145,7 +145,9 @@ def _check_taps(config):
     network = networks.make_network(
       student, **dict(config.students.get(student, {}))
     )
-    _, (features, _) = stage.make_distiller(network, taught, method, size=size)
+    _, (features, _) = stage.make_distiller(
+      network, teacher_out, method, size=size
+    )
     assert set(features) == (
       set(method.taps) if method.feature_terms else set()
     )

@@ -280,15 +280,15 @@ def test_what_would_fail_after_hours_fails_at_once(
 @pytest.mark.parametrize(
   "own",
   [
-    extensions_lib.Own(terms={"fitnet": None}),
-    extensions_lib.Own(terms={"loss": None}),
-    extensions_lib.Own(regions={"all": None}),
-    extensions_lib.Own(students={"enet": None}),
+    extensions_lib.Extensions(terms={"fitnet": None}),
+    extensions_lib.Extensions(terms={"loss": None}),
+    extensions_lib.Extensions(regions={"all": None}),
+    extensions_lib.Extensions(students={"enet": None}),
   ],
 )
-def test_a_name_that_is_taken_is_refused(own, data_dir, tmp_path):
+def test_a_name_that_is_taken_is_refused(extensions, data_dir, tmp_path):
   with pytest.raises(ValueError, match="is taken; choose another"):
-    run.run(make_config(data_dir), tmp_path / "run", own)
+    run.run(make_config(data_dir), tmp_path / "run", extensions)
 
 
 def test_a_primary_family_of_unknown_methods_is_refused(data_dir, tmp_path):
@@ -402,7 +402,7 @@ def test_scoring_that_is_stopped_after_every_batch_is_as_never_stopped(
 ):
   config = finished.config.copy_and_resolve_references()
   config.evaluation.batch_size = 4
-  config.evaluation.teacher_averaging = "dihedral"
+  config.evaluation.teacher_tta = "dihedral"
   whole, torn = (
     copy(finished, folder / name, "teachers", "arms")
     for name in ("whole", "torn_scores")
@@ -477,15 +477,15 @@ def test_a_report_is_known_by_what_it_was_made_of_not_by_its_time(
 ):
   workdir = folder / "times"
   shutil.copytree(finished.workdir, workdir)
-  plans, _ = run.check(finished.config, extensions_lib.Own())
+  arm_ids, _ = run.check(finished.config, extensions_lib.Extensions())
   os.utime(workdir / "table.md", (0, 0))
-  assert run.is_finished(finished.config, workdir, plans)
+  assert run.is_finished(finished.config, workdir, arm_ids)
   # Scores that were changed since, by a clock that went backwards.
   with open(workdir / "scores.csv", "ab") as file:
     file.write(b"x")
   os.utime(workdir / "scores.csv", (0, 0))
   os.utime(workdir / "table.md")
-  assert not run.is_finished(finished.config, workdir, plans)
+  assert not run.is_finished(finished.config, workdir, arm_ids)
 
 
 # ------------------------------------------------------------ too little memory
@@ -678,12 +678,12 @@ def test_a_group_that_lost_an_arm_half_way_says_which(folder):
   path = steps / "001" / "group.json"
   checkpoint.write_json(path, {"a-seed0": {}, "b-seed0": {}})
   config = make_config(folder)
-  plan = run.Plan("a", "a", "none", 0)
+  arm_id = run.ArmId("a", "a", "none", 0)
   with pytest.raises(workdir_lib.WorkdirError, match=r"no more \(b-seed0\)"):
-    run._next_group(config, [plan], folder / "groups")
+    run._next_group(config, [arm_id], folder / "groups")
   # What is begun anew takes the place of no other.
   checkpoint.write_json(path, {"b-seed0": {}})
-  begun = run._next_group(config, [plan], folder / "groups")
+  begun = run._next_group(config, [arm_id], folder / "groups")
   assert begun == (["a-seed0"], "002")
 
 
@@ -764,7 +764,7 @@ def joint(folder, data_dir):
     teachers={"teacher_unet": TEACHER, "teacher_vit": FROZEN},
     distil_from=("teacher_unet", "teacher_vit"),
     precompute_teacher=True,
-    taught_channels=3,
+    teacher_channels=3,
     arms={"patch_unet": {"methods": ("mbf",), "seeds": (0,)}},
     training={"epochs": 1.0, "learning_rate": 1e-2},
   )
@@ -815,7 +815,7 @@ def test_what_was_computed_is_what_the_teachers_answer(joint):
     for name in joint.config.teachers
   }
   # Finished, and still asked through what its frozen blocks made.
-  assert teachers["teacher_vit"].encoded["tokens"].shape[:2] == (8, 24)
+  assert teachers["teacher_vit"].encoder_features["tokens"].shape[:2] == (8, 24)
   teacher = run.join_teachers(joint.config, teachers)
   [cached] = (joint.workdir / "cache").glob("taught-*")
   stored = {path.stem: np.load(path) for path in cached.glob("*.npy")}
@@ -830,7 +830,7 @@ def test_what_was_computed_is_what_the_teachers_answer(joint):
 
 def test_a_taught_average_is_that_of_the_eight_orientations(joint, monkeypatch):
   config = joint.config.copy_and_resolve_references()
-  config.taught_averaging = "dihedral"
+  config.teacher_out_tta = "dihedral"
   data = run.load_data(config)
   teachers = {
     name: run.make_teacher(name, config, joint.workdir, data, log=None)
@@ -844,7 +844,7 @@ def test_a_taught_average_is_that_of_the_eight_orientations(joint, monkeypatch):
     run.join_teachers(config, teachers),
     [method],
   )
-  logits = teaching.computed["taught"]["logits"]
+  logits = teaching.computed["teacher_out"]["logits"]
   assert logits.shape == (1, 24, 32, 32)
   teacher = run.join_teachers(config, teachers)
   answers = []
@@ -860,7 +860,7 @@ def test_a_taught_average_is_that_of_the_eight_orientations(joint, monkeypatch):
 
 
 def test_a_taught_average_that_nothing_computes_is_refused(data_dir, tmp_path):
-  config = make_config(data_dir, taught_averaging="dihedral")
+  config = make_config(data_dir, teacher_out_tta="dihedral")
   with pytest.raises(ValueError, match="precompute_teacher"):
     run.run(config, tmp_path / "run")
   assert not (tmp_path / "run").exists()
@@ -989,8 +989,8 @@ def test_a_teacher_of_another_shape_is_refused_by_its_leaf(
 
 def test_arms_are_planned_seed_by_seed(data_dir):
   arms = {"enet": {"methods": ("none", "mbf"), "seeds": (1, 0)}}
-  plans = run.plan_arms(make_config(data_dir, arms=arms))
-  assert [plan.key for plan in plans] == [
+  arm_ids = run.list_arms(make_config(data_dir, arms=arms))
+  assert [arm_id.key for arm_id in arm_ids] == [
     "enet-none-seed0",
     "enet-mbf-seed0",
     "enet-none-seed1",
@@ -1076,7 +1076,7 @@ def test_a_name_that_does_not_exist_stops_before_anything_is_made(
 
 def test_a_config_of_another_version_is_refused_by_its_key(data_dir, tmp_path):
   here = f"kdseg {workdir_lib.version()}"
-  for key in ("taught_averaging", "evaluation.teacher_averaging"):
+  for key in ("teacher_out_tta", "evaluation.teacher_tta"):
     config = make_config(data_dir)
     outer, _, inner = key.rpartition(".")
     del (config[outer] if outer else config)[inner]

@@ -144,10 +144,10 @@ def test_a_key_that_another_version_did_not_know_is_said_to_be_such(
   workdir_lib.adopt_config(make_config(), tmp_path)
   made_by(tmp_path, "0.0.7", "ba9876543210")
   newer = make_config()
-  newer.taught_averaging = "none"
+  newer.teacher_out_tta = "none"
   assert refusal(newer, tmp_path) == (
     f"{tmp_path} holds a run of another config, made by kdseg 0.0.7 (commit "
-    f"ba9876543210), and this is {here}: taught_averaging was not there and is "
+    f"ba9876543210), and this is {here}: teacher_out_tta was not there and is "
     "'none' now; choose another --workdir, or go on with that version"
   )
   older = make_config()
@@ -197,13 +197,13 @@ def test_a_workdir_that_may_not_be_written_to_is_named(tmp_path, monkeypatch):
 
 def test_the_batches_of_the_evaluation_may_change_size(tmp_path):
   config = make_config()
-  config.evaluation = {"batch_size": 8, "averaging": "none"}
+  config.evaluation = {"batch_size": 8, "tta": "none"}
   workdir_lib.adopt_config(config, tmp_path)
   config.evaluation.batch_size = 4
   workdir_lib.adopt_config(config, tmp_path)
   written = json.loads((tmp_path / "config.json").read_text())
   assert written["evaluation"]["batch_size"] == 4
-  config.evaluation.averaging = "dihedral"
+  config.evaluation.tta = "dihedral"
   with pytest.raises(workdir_lib.WorkdirError, match=r"evaluation\.averaging"):
     workdir_lib.adopt_config(config, tmp_path)
 

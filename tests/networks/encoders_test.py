@@ -89,7 +89,7 @@ def weights():
 
 
 @pytest.fixture(scope="module")
-def encoded(weights):
+def encoder_features(weights):
   """Features of the picture by stages kept; at 0, all with output stride 16."""
   networks = {
     stages: efficientnet_lite.EfficientNetLite("lite0", stages)
@@ -129,24 +129,26 @@ def test_gives_the_last_map_of_each_stride(variant, channels):
   [(3, (2, 4, 8), 40), (4, (2, 4, 8, 16), 80), (5, (2, 4, 8, 16), 112)],
 )
 def test_fewer_stages_are_the_beginning_of_all(
-  encoded, stages, strides, channels
+  encoder_features, stages, strides, channels
 ):
-  assert tuple(sorted(encoded[stages])) == strides
-  assert encoded[stages][strides[-1]].shape[-1] == channels
+  assert tuple(sorted(encoder_features[stages])) == strides
+  assert encoder_features[stages][strides[-1]].shape[-1] == channels
   for stride in strides:
     # After four stages, stride 16 still has its fifth to come.
     if (stages, stride) != (4, 16):
       np.testing.assert_allclose(
-        encoded[stages][stride], encoded[7][stride], atol=1e-4
+        encoder_features[stages][stride], encoder_features[7][stride], atol=1e-4
       )
 
 
-def test_output_stride_16_keeps_the_map_and_the_shallow_features(encoded):
-  assert sorted(encoded[0]) == [2, 4, 8, 16]
-  assert encoded[0][16].shape == (1, 4, 4, 320)
+def test_output_stride_16_keeps_the_map_and_the_shallow_features(
+  encoder_features,
+):
+  assert sorted(encoder_features[0]) == [2, 4, 8, 16]
+  assert encoder_features[0][16].shape == (1, 4, 4, 320)
   for stride in (2, 4, 8):
     np.testing.assert_allclose(
-      encoded[0][stride], encoded[7][stride], atol=1e-4
+      encoder_features[0][stride], encoder_features[7][stride], atol=1e-4
     )
 
 
@@ -241,12 +243,12 @@ def test_statistics_are_those_of_the_whole_mapped_batch(weights):
   )
 
 
-def test_computes_in_its_dtype(weights, encoded):
+def test_computes_in_its_dtype(weights, encoder_features):
   network = efficientnet_lite.EfficientNetLite("lite0", 2, dtype=jnp.bfloat16)
   features = jax.jit(network.apply)(_cut(weights, "lite0", 2), _picture())[4]
   assert features.dtype == jnp.bfloat16
-  error = jnp.abs(features.astype(jnp.float32) - encoded[7][4]).mean()
-  assert 0 < error < 0.1 * jnp.abs(encoded[7][4]).mean()
+  error = jnp.abs(features.astype(jnp.float32) - encoder_features[7][4]).mean()
+  assert 0 < error < 0.1 * jnp.abs(encoder_features[7][4]).mean()
 
 
 def test_drop_rate_draws_in_training_only_and_skips_whole_blocks(weights):

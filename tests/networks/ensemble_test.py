@@ -53,9 +53,11 @@ class Constant(tiny.nn.Module):
   side: int = 8
   extra: str = "low"
 
-  def __call__(self, image, train=False, encoded=None):
+  def __call__(self, image, train=False, encoder_features=None):
     batch = image.shape[0]
-    value = self.logit if encoded is None else encoded["logit"]
+    value = (
+      self.logit if encoder_features is None else encoder_features["logit"]
+    )
     return {
       "logits": jnp.full((batch, 32, 32), value),
       self.extra: jnp.full((batch, self.side, self.side, 1), value),
@@ -92,7 +94,8 @@ def test_a_tap_that_one_member_lacks_is_left_out():
 
 def test_what_a_frozen_encoder_made_goes_to_its_member():
   out = run(
-    [Constant(1.0), Constant(2.0)], encoded={"members_1": {"logit": -3.0}}
+    [Constant(1.0), Constant(2.0)],
+    encoder_features={"members_1": {"logit": -3.0}},
   )
   np.testing.assert_allclose(out["low"][..., 0], 1.0)
   np.testing.assert_allclose(out["low"][..., 1], -3.0)

@@ -158,8 +158,8 @@ def test_a_teacher_answers_alike_from_what_its_frozen_blocks_made(
   variables = jax.tree.map(
     lambda x: jnp.asarray(draw.uniform(0.01, 0.1, x.shape), x.dtype), drawn
   )
-  encoded = network.apply(variables, IMAGE, method="encode")
-  assert {name: x.shape for name, x in encoded.items()} == shapes
+  encoder_features = network.apply(variables, IMAGE, method="encode")
+  assert {name: x.shape for name, x in encoder_features.items()} == shapes
   whole = network.apply(variables, IMAGE)
   # Without the frozen parameters: they are not needed any more.
   rest = jax.tree_util.tree_map_with_path(
@@ -171,7 +171,7 @@ def test_a_teacher_answers_alike_from_what_its_frozen_blocks_made(
     ),
     variables,
   )
-  split = network.apply(rest, IMAGE, encoded=encoded)
+  split = network.apply(rest, IMAGE, encoder_features=encoder_features)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), whole, split
   )

@@ -83,7 +83,7 @@ def make_arm(bad_steps=()):
     average={},
     balance={},
   )
-  arm = loop.Arm(state, step)
+  arm = loop.ArmState(state, step)
   return arm, seen
 
 
@@ -114,7 +114,7 @@ def make_kind(names, bad=()):
   for place, name in enumerate(names):
     arm, _ = make_arm()
     state = arm.state.replace(seed=jnp.asarray(place, jnp.int32))
-    arms[name] = loop.Arm(state, step, step_stacked)
+    arms[name] = loop.ArmState(state, step, step_stacked)
   return arms, seen
 
 

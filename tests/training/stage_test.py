@@ -17,10 +17,10 @@ from kdseg.training import stage
 from kdseg.training import state as state_lib
 from kdseg.training import step as step_lib
 
-TRAINING = stage.Training(
+TRAINING = stage.TrainConfig(
   epochs=2.0, learning_rate=0.05, validate_epochs=1.0, save_epochs=1.0
 )
-SETTING = stage.Setting(
+SETTING = stage.RunConfig(
   seed=0,
   batch_size=8,
   evaluation_batch_size=4,
@@ -51,8 +51,8 @@ def make_arrays(count=16, split="train"):
   )
 
 
-def contender(folder, *, network=None, seed=0):
-  return stage.Contender(
+def spec(folder, *, network=None, seed=0):
+  return stage.ArmSpec(
     kind="plain",
     network=network or tiny.Network(2, axis_name=devices.AXIS),
     seed=seed,
@@ -61,12 +61,12 @@ def contender(folder, *, network=None, seed=0):
   )
 
 
-def train_together(folder, contenders, **changes):
+def train_together(folder, specs, **changes):
   log = []
-  options = {"setting": SETTING, "training": TRAINING, "log": log.append}
+  options = {"run_config": SETTING, "training": TRAINING, "log": log.append}
   stage.train_together(
     "students",
-    contenders,
+    specs,
     **{**options, **changes},
     folder=folder / "steps",
     arrays=make_arrays(),
@@ -87,7 +87,7 @@ def train_together(folder, contenders, **changes):
   ],
 )
 def test_epochs_or_steps(options, expected):
-  training = stage.Training(learning_rate=0.1, **options)
+  training = stage.TrainConfig(learning_rate=0.1, **options)
   assert training.steps(examples=80, batch_size=8) == expected
 
 
@@ -127,7 +127,7 @@ def test_logits_need_no_distiller():
 
 
 @pytest.mark.parametrize(
-  ("taught", "tap", "message"),
+  ("teacher_out", "tap", "message"),
   [
     (shapes(low=(8, 5)), "high", "the teacher has no tap 'high', only low"),
     (
@@ -137,10 +137,10 @@ def test_logits_need_no_distiller():
     ),
   ],
 )
-def test_a_missing_tap_is_named_with_those_there_are(taught, tap, message):
+def test_a_missing_tap_is_named_with_those_there_are(teacher_out, tap, message):
   method = objective.Method(terms={"mbf": 1.0}, taps=(tap,))
   with pytest.raises(ValueError, match=message):
-    stage.make_distiller(tiny.Network(3), taught, method, size=tiny.SIDE)
+    stage.make_distiller(tiny.Network(3), teacher_out, method, size=tiny.SIDE)
 
 
 # ------------------------------------------------------------------ deviations
@@ -148,9 +148,9 @@ def test_a_missing_tap_is_named_with_those_there_are(taught, tap, message):
 
 def measure(values, count=16):
   """`values` by batch, each [devices, B, h, w, C]."""
-  return stage.teacher_deviations(
+  return stage.measure_teacher_std(
     lambda first: ((i, i, {}) for i in range(len(values))),
-    lambda step, batch: {"taught": {"low": values[batch], "logits": None}},
+    lambda step, batch: {"teacher_out": {"low": values[batch], "logits": None}},
     count,
   )
 
@@ -186,8 +186,8 @@ COLOURS = ("brightness", "contrast", "saturation", "hue", "gain", "tone")
 
 @pytest.mark.parametrize("oriented", [False, True])
 def test_what_was_oriented_before_is_not_moved_again(oriented):
-  setting = dataclasses.replace(SETTING, augment=dict.fromkeys(COLOURS, 0.0))
-  prepare = stage.make_prepare(setting, None, None, oriented)
+  run_config = dataclasses.replace(SETTING, augment=dict.fromkeys(COLOURS, 0.0))
+  prepare = stage.make_prepare(run_config, None, None, oriented)
   image, mask = tiny.draw_lesions(8)
   prepared = prepare(0, devices.shard({"image": image, "mask": mask}))
   found = np.asarray(prepared["mask"]).reshape(mask.shape)
@@ -239,26 +239,26 @@ def lone_updates(monkeypatch):
 def test_contenders_train_stop_go_on_and_leave_their_best(
   tmp_path, caplog, lone_updates, at_once, lone
 ):
-  setting = dataclasses.replace(SETTING, seeds_at_once=at_once)
+  run_config = dataclasses.replace(SETTING, seeds_at_once=at_once)
 
   def make(folder):
     return {
-      "a": contender(folder / "a"),
-      "b": contender(folder / "b", seed=1),
+      "a": spec(folder / "a"),
+      "b": spec(folder / "b", seed=1),
     }
 
   whole, torn = tmp_path / "whole", tmp_path / "torn"
-  train_together(whole, make(whole), setting=setting)
+  train_together(whole, make(whole), run_config=run_config)
 
   def pull_the_plug(record):
     if record["step"] == 3:
       raise KeyboardInterrupt
 
   with pytest.raises(KeyboardInterrupt):
-    train_together(torn, make(torn), setting=setting, log=pull_the_plug)
+    train_together(torn, make(torn), run_config=run_config, log=pull_the_plug)
   assert not checkpoint.is_finished(torn / "a")
   with caplog.at_level("INFO", logger="kdseg"):
-    train_together(torn, make(torn), setting=setting)
+    train_together(torn, make(torn), run_config=run_config)
   assert "goes on from step 2 of 4" in caplog.text
   for name in "ab":
     jax.tree.map(
@@ -280,11 +280,11 @@ def test_contenders_train_stop_go_on_and_leave_their_best(
   assert set(lone_updates) == lone
 
   # A finished stage is passed over without a step.
-  assert train_together(torn, make(torn), setting=setting) == []
+  assert train_together(torn, make(torn), run_config=run_config) == []
 
   # And its checkpoints are nobody else's.
   with pytest.raises(checkpoint.CheckpointError, match="holds the arms a, b"):
-    train_together(torn, {"c": contender(torn / "c")})
+    train_together(torn, {"c": spec(torn / "c")})
 
 
 def test_arms_that_are_alike_share_the_programs_that_draw_them(
@@ -304,19 +304,19 @@ def test_arms_that_are_alike_share_the_programs_that_draw_them(
   distiller, inputs = stage.make_distiller(
     network, shapes(low=(8, 5)), method, size=tiny.SIDE
   )
-  contenders = {}
+  specs = {}
   for seed in (0, 1):
-    plain = contender(tmp_path, network=network, seed=seed)
-    contenders[f"none{seed}"] = plain
+    plain = spec(tmp_path, network=network, seed=seed)
+    specs[f"none{seed}"] = plain
     for kind in ("mbf", "rolled"):
-      contenders[f"{kind}{seed}"] = dataclasses.replace(
+      specs[f"{kind}{seed}"] = dataclasses.replace(
         plain,
         kind=kind,
         method=method,
         distiller=distiller,
         distiller_inputs=inputs,
       )
-  arms = stage.make_arms(contenders, SETTING, TRAINING, steps=4)
+  arms = stage.make_arms(specs, SETTING, TRAINING, steps=4)
   # One for the network, one for what mbf and rolled train beside it.
   assert len(made) == 2
   image = jnp.zeros((1, tiny.SIDE, tiny.SIDE, 3))
@@ -341,14 +341,14 @@ def assert_same(found, expected):
 
 def test_an_arm_has_the_same_bits_alone_and_in_company(tmp_path):
   alone, company = tmp_path / "alone", tmp_path / "company"
-  train_together(alone, {"a": contender(alone / "a")})
+  train_together(alone, {"a": spec(alone / "a")})
   wide = dataclasses.replace(
-    contender(
+    spec(
       company / "b", network=tiny.Network(4, axis_name=devices.AXIS), seed=1
     ),
     kind="wide",
   )
-  train_together(company, {"b": wide, "a": contender(company / "a")})
+  train_together(company, {"b": wide, "a": spec(company / "a")})
   jax.tree.map(
     np.testing.assert_array_equal,
     variables_of(alone / "a"),
@@ -377,14 +377,14 @@ def test_seeds_at_once_are_what_they_are_one_by_one(tmp_path, lone_updates):
         folder,
         {
           str(seed): dataclasses.replace(
-            contender(folder / str(seed), network=network, seed=seed),
+            spec(folder / str(seed), network=network, seed=seed),
             method=method,
             distiller=distiller,
             distiller_inputs=inputs,
           )
           for seed in range(3)
         },
-        setting=dataclasses.replace(SETTING, seeds_at_once=at_once),
+        run_config=dataclasses.replace(SETTING, seeds_at_once=at_once),
         # Adam makes full steps of what is rounding noise.
         training=dataclasses.replace(TRAINING, optimizer="sgd"),
         teach=step_lib.make_teach(teacher, ("low",)),
@@ -431,8 +431,8 @@ def test_one_that_diverges_among_its_kind_changes_nothing_for_the_others(
   def run(folder, **options):
     train_together(
       folder,
-      {n: contender(folder / n, seed=i) for i, n in enumerate("abc")},
-      setting=dataclasses.replace(SETTING, seeds_at_once=3),
+      {n: spec(folder / n, seed=i) for i, n in enumerate("abc")},
+      run_config=dataclasses.replace(SETTING, seeds_at_once=3),
       **options,
     )
 
@@ -484,7 +484,7 @@ def test_one_that_diverges_says_why_and_saves_its_batch(tmp_path):
     train_together(
       tmp_path,
       {
-        "sick": contender(
+        "sick": spec(
           tmp_path / "sick", network=Poisoned(2, axis_name=devices.AXIS)
         )
       },
@@ -499,9 +499,7 @@ def test_one_that_diverges_says_why_and_saves_its_batch(tmp_path):
 
 
 def test_that_all_diverged_may_be_a_result(tmp_path):
-  sick = contender(
-    tmp_path / "sick", network=Poisoned(2, axis_name=devices.AXIS)
-  )
+  sick = spec(tmp_path / "sick", network=Poisoned(2, axis_name=devices.AXIS))
   train_together(tmp_path, {"sick": sick}, all_may_diverge=True)
   about = json.loads((tmp_path / "sick" / "failed.json").read_text())
   assert "not finite at step 0" in about["diverged"]
@@ -521,7 +519,7 @@ def make_arm(value, **options):
     average={},
     balance={"task": jnp.asarray(0.5)},
   )
-  return loop.Arm(state, step=None, **options)
+  return loop.ArmState(state, step=None, **options)
 
 
 def test_arms_come_back_with_their_best_and_their_failures(tmp_path):
@@ -551,7 +549,7 @@ def test_arms_come_back_with_their_best_and_their_failures(tmp_path):
 
 def test_an_arm_without_weights_leaves_a_reason_in_their_place(tmp_path):
   arm = make_arm(1.0, diverged="loss not finite at step 1")
-  stage._write_result(contender(tmp_path / "x"), arm, steps=9)
+  stage._write_result(spec(tmp_path / "x"), arm, steps=9)
   assert not checkpoint.is_finished(tmp_path / "x")
   about = json.loads((tmp_path / "x" / "failed.json").read_text())
   assert about["diverged"] == "loss not finite at step 1"

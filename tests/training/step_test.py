@@ -85,7 +85,7 @@ def make_train_step(method=METHOD, network=STUDENT, tx=TX, decay=DECAY):
     steps=STEPS,
     method=method,
     distiller=distiller,
-    average_decay=decay,
+    ema_decay=decay,
   )
 
 
@@ -416,7 +416,7 @@ def test_half_precision_keeps_losses_parameters_and_statistics_whole():
   after, metrics = jax.eval_shape(
     train_step,
     state,
-    {"image": image, "mask": pixels, "taught": {"logits": pixels}},
+    {"image": image, "mask": pixels, "teacher_out": {"logits": pixels}},
   )
   for leaf in jax.tree.leaves(
     (after.params, after.batch_stats, after.average, metrics)
@@ -479,7 +479,7 @@ def test_the_teacher_sees_the_augmented_image():
     "mask": np.ones((1, 2, 4, 4), np.uint8),
   }
   found = prepare(batch, lambda v, image: {"low": image + v["bias"]})
-  np.testing.assert_array_equal(found["taught"]["low"], 3.0)
+  np.testing.assert_array_equal(found["teacher_out"]["low"], 3.0)
   assert found["mask"].dtype == jnp.float32
 
 
@@ -487,17 +487,17 @@ def test_answers_that_come_with_the_batch_are_passed_on():
   batch = {
     "image": np.zeros((1, 2, 4, 4, 3), np.uint8),
     "mask": np.zeros((1, 2, 4, 4), np.uint8),
-    "taught": {"low": np.full((1, 2, 1), 0.5, np.float16)},
-    "encoded": {"grids": np.full((1, 2, 1), 0.25, np.float16)},
+    "teacher_out": {"low": np.full((1, 2, 1), 0.5, np.float16)},
+    "encoder_features": {"grids": np.full((1, 2, 1), 0.25, np.float16)},
   }
 
   def unwanted(*arguments):
     raise AssertionError("the teacher was asked")
 
   found = prepare(batch, unwanted)
-  assert found["taught"]["low"].dtype == jnp.float32
-  np.testing.assert_array_equal(found["taught"]["low"], 0.5)
-  np.testing.assert_array_equal(found["encoded"]["grids"], 0.25)
+  assert found["teacher_out"]["low"].dtype == jnp.float32
+  np.testing.assert_array_equal(found["teacher_out"]["low"], 0.5)
+  np.testing.assert_array_equal(found["encoder_features"]["grids"], 0.25)
 
 
 def test_without_a_teacher_nothing_is_taught():

@@ -55,7 +55,7 @@ class LiteUNet(nn.Module):
     if image.shape[1] % 32 or image.shape[2] % 32:
       raise ValueError(f"sides must be divisible by 32: {image.shape}")
     norm = layers.batch_norm(train, dtype=self.dtype, axis_name=self.axis_name)
-    encoded = efficientnet_lite.EfficientNetLite(
+    encoder_features = efficientnet_lite.EfficientNetLite(
       "lite0",
       self.stages,
       drop_rate=self.drop_rate,
@@ -63,11 +63,11 @@ class LiteUNet(nn.Module):
       axis_name=self.axis_name,
       name="encoder",
     )(image, train)
-    s16 = encoded.get(16)
+    s16 = encoder_features.get(16)
     if s16 is None:
       s16 = layers.ConvBlock(
-        encoded[8].shape[-1], norm, dtype=self.dtype, name="deepen"
-      )(layers.max_pool_2x(encoded[8]))
+        encoder_features[8].shape[-1], norm, dtype=self.dtype, name="deepen"
+      )(layers.max_pool_2x(encoder_features[8]))
 
     def lateral(y: Array, stride: int) -> Array:
       return layers.ConvBlock(
@@ -77,7 +77,7 @@ class LiteUNet(nn.Module):
     x = layers.WholeImage(dtype=self.dtype, name="whole")(lateral(s16, 16))
     decoded = {}
     for stride in (8, 4):
-      x = layers.upsample_2x(x) + lateral(encoded[stride], stride)
+      x = layers.upsample_2x(x) + lateral(encoder_features[stride], stride)
       x = layers.ConvBlock(
         self.features, norm, dtype=self.dtype, name=f"decode{stride}"
       )(x)
@@ -85,8 +85,8 @@ class LiteUNet(nn.Module):
     logits = layers.PixelHead(4, dtype=self.dtype, name="head")(x)
     return {
       "logits": logits,
-      "low": encoded[4],
-      "high": encoded[8],
+      "low": encoder_features[4],
+      "high": encoder_features[8],
       "s16": s16,
       "decoder_low": decoded[4],
       "decoder_high": decoded[8],

@@ -118,7 +118,7 @@ class DeepLabV3Plus(nn.Module):
     if image.shape[1] % 32 or image.shape[2] % 32:
       raise ValueError(f"sides must be divisible by 32: {image.shape}")
     norm = layers.batch_norm(train, dtype=self.dtype, axis_name=self.axis_name)
-    encoded = efficientnet_lite.EfficientNetLite(
+    encoder_features = efficientnet_lite.EfficientNetLite(
       self.encoder_variant,
       output_stride=self.output_stride,
       drop_rate=self.drop_rate,
@@ -129,14 +129,14 @@ class DeepLabV3Plus(nn.Module):
 
     x = AtrousPyramid(
       self.pyramid_features, self.rates, norm, self.dtype, name="pyramid"
-    )(encoded[self.output_stride])
+    )(encoder_features[self.output_stride])
     x = layers.ConvBlock(
       self.features, norm, 1, dtype=self.dtype, name="project"
     )(x)
     high = layers.upsample(x, self.output_stride // 8)
     low = layers.ConvBlock(
       self.low_features, norm, 1, dtype=self.dtype, name="reduce_low"
-    )(encoded[4])
+    )(encoder_features[4])
     x = jnp.concatenate([layers.upsample_2x(high), low], -1)
     for i in range(2):
       x = SeparableBlock(
@@ -145,9 +145,9 @@ class DeepLabV3Plus(nn.Module):
     logits = layers.Conv(1, 1, use_bias=True, dtype=self.dtype, name="head")(x)
     return {
       "logits": layers.upsample(logits.astype(jnp.float32), 4)[..., 0],
-      "low": encoded[4],
-      "high": encoded[8],
-      "s16": encoded[16],
+      "low": encoder_features[4],
+      "high": encoder_features[8],
+      "s16": encoder_features[16],
       "decoder_low": x,
       "decoder_high": high,
     }

@@ -28,14 +28,15 @@ class Ensemble(nn.Module):
     self,
     image: Array,
     train: bool = False,
-    encoded: Mapping[str, Mapping[str, Array]] | None = None,
+    encoder_features: Mapping[str, Mapping[str, Array]] | None = None,
   ) -> dict[str, Array]:
     """Maps `image` [B, H, W, 3] to the named outputs of `networks`.
 
     Args:
       image: float RGB in [0, 1].
       train: must be false: members are trained by themselves.
-      encoded: by member ("members_0", ...), what its frozen encoder returned.
+      encoder_features: by member ("members_0", ...), what its frozen encoder
+        returned.
 
     Raises:
       ValueError: if `train` is true.
@@ -45,8 +46,8 @@ class Ensemble(nn.Module):
     outs = []
     for i, member in enumerate(self.members):
       extra = {}
-      if encoded and f"members_{i}" in encoded:
-        extra["encoded"] = encoded[f"members_{i}"]
+      if encoder_features and f"members_{i}" in encoder_features:
+        extra["encoder_features"] = encoder_features[f"members_{i}"]
       outs.append(member(image, train=False, **extra))
     probability = sum(jax.nn.sigmoid(out["logits"]) for out in outs) / len(outs)
     # Away from 0 and 1, so that a unanimous ensemble keeps finite logits.

@@ -103,7 +103,7 @@ class PSPNet(nn.Module):
     if image.shape[1] % 32 or image.shape[2] % 32:
       raise ValueError(f"sides must be divisible by 32: {image.shape}")
     norm = layers.batch_norm(train, dtype=self.dtype, axis_name=self.axis_name)
-    encoded = efficientnet_lite.EfficientNetLite(
+    encoder_features = efficientnet_lite.EfficientNetLite(
       self.encoder_variant,
       output_stride=16,
       drop_rate=self.drop_rate,
@@ -114,7 +114,7 @@ class PSPNet(nn.Module):
 
     x = PyramidPooling(
       self.pyramid_features, self.bins, self.dtype, name="pyramid"
-    )(encoded[16])
+    )(encoder_features[16])
     x = layers.ConvBlock(
       self.features, norm, 1, dtype=self.dtype, name="project"
     )(x)
@@ -123,7 +123,7 @@ class PSPNet(nn.Module):
     for stride, width in ((8, self.features), (4, self.low_features)):
       lateral = layers.Conv(
         width, 1, dtype=self.dtype, name=f"lateral{stride}"
-      )(encoded[stride])
+      )(encoder_features[stride])
       climbing = layers.Conv(width, 1, dtype=self.dtype, name=f"climb{stride}")(
         x
       )
@@ -136,9 +136,9 @@ class PSPNet(nn.Module):
     logits = layers.Conv(1, 1, use_bias=True, dtype=self.dtype, name="head")(x)
     return {
       "logits": layers.upsample(logits.astype(jnp.float32), 4)[..., 0],
-      "low": encoded[4],
-      "high": encoded[8],
-      "s16": encoded[16],
+      "low": encoder_features[4],
+      "high": encoder_features[8],
+      "s16": encoder_features[16],
       "decoder_low": decoded[4],
       "decoder_high": decoded[8],
     }

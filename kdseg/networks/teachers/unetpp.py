@@ -86,7 +86,7 @@ class UNetPlusPlus(nn.Module):
     if image.shape[1] % 32 or image.shape[2] % 32:
       raise ValueError(f"sides must be divisible by 32: {image.shape}")
     norm = layers.batch_norm(train, dtype=self.dtype, axis_name=self.axis_name)
-    encoded = efficientnet_lite.EfficientNetLite(
+    encoder_features = efficientnet_lite.EfficientNetLite(
       self.encoder_variant,
       drop_rate=self.drop_rate,
       dtype=self.dtype,
@@ -94,7 +94,7 @@ class UNetPlusPlus(nn.Module):
       name="encoder",
     )(image, train)
 
-    rows = [[encoded[stride]] for stride in (2, 4, 8, 16, 32)]
+    rows = [[encoder_features[stride]] for stride in (2, 4, 8, 16, 32)]
     for j in range(1, 5):
       for i in range(5 - j):
         x = Node(self.widths[i], norm, self.dtype, name=f"node{i}_{j}")(
@@ -108,9 +108,9 @@ class UNetPlusPlus(nn.Module):
 
     out = {
       "logits": logits(rows[0][4], "head"),
-      "low": encoded[4],
-      "high": encoded[8],
-      "s16": encoded[16],
+      "low": encoder_features[4],
+      "high": encoder_features[8],
+      "s16": encoder_features[16],
       "decoder_low": rows[1][3],
       "decoder_high": rows[2][2],
     }

@@ -93,10 +93,10 @@ class ViTUNet(nn.Module):
     tokens, grids = self.encoder.begin(image)
     if self.trained_from >= max(self.taps):
       return {"grids": jnp.concatenate(self.encoder.resume(tokens, grids), -1)}
-    encoded = {"tokens": tokens}
+    encoder_features = {"tokens": tokens}
     if grids:
-      encoded["grids"] = jnp.concatenate(grids, axis=-1)
-    return encoded
+      encoder_features["grids"] = jnp.concatenate(grids, axis=-1)
+    return encoder_features
 
   def is_frozen(self, path: tuple[str, ...]) -> bool:
     """Whether the parameter at `path` is one of a block before `trained_from`.
@@ -109,20 +109,21 @@ class ViTUNet(nn.Module):
     self,
     image: Array,
     train: bool = False,
-    encoded: dict[str, Array] | None = None,
+    encoder_features: dict[str, Array] | None = None,
   ) -> dict[str, Array]:
     """Maps `image` [B, H, W, 3] to the named outputs of `networks`.
 
     Args:
       image: float RGB in [0, 1], sides divisible by 32.
       train: whether statistics of the batch are used, and dropout.
-      encoded: what `encode` returned for these images, if it is at hand.
+      encoder_features: what `encode` returned for these images; None to run
+        it here.
     """
-    if encoded is None:
-      encoded = self.encode(image)
-    grids = [encoded["grids"]] if "grids" in encoded else []
-    if "tokens" in encoded:
-      grids = self.encoder.resume(encoded["tokens"], grids)
+    if encoder_features is None:
+      encoder_features = self.encode(image)
+    grids = [encoder_features["grids"]] if "grids" in encoder_features else []
+    if "tokens" in encoder_features:
+      grids = self.encoder.resume(encoder_features["tokens"], grids)
     return self.decoder(image, jnp.concatenate(grids, axis=-1), train)
 
 
