@@ -20,6 +20,7 @@ from ml_collections import config_flags
 from kdseg.runtime import checkpoint
 from kdseg.runtime import names
 from kdseg.runtime import files
+from kdseg.experiment import config as config_lib
 from kdseg.experiment import run
 from kdseg.runtime import hosts
 from kdseg.runtime import memory
@@ -66,7 +67,7 @@ _EXPECTED = (
   checkpoint.CheckpointError,
   names.UnknownNameError,
   files.WriteError,
-  run.ConfigError,
+  config_lib.ConfigError,
   hosts.HostError,
   memory.OutOfMemoryError,
   loop.DivergedError,

@@ -28,7 +28,7 @@ from kdseg.deploy import pictures
 from kdseg.deploy import weights
 from kdseg.distill import extensions as extensions_lib
 from kdseg.evaluation import metrics
-from kdseg.experiment import run
+from kdseg.experiment import config as config_lib
 from kdseg.report import scores
 from kdseg.runtime import names
 
@@ -340,5 +340,7 @@ def test_a_config_is_accepted_or_refused(place, value):
   for key in place[:-1]:
     inner = inner[key]
   inner[place[-1]] = value
-  with contextlib.suppress(run.ConfigError, names.UnknownNameError):
-    run.check(ml_collections.ConfigDict(tree), extensions_lib.Extensions())
+  with contextlib.suppress(config_lib.ConfigError, names.UnknownNameError):
+    config_lib.check(
+      ml_collections.ConfigDict(tree), extensions_lib.Extensions()
+    )

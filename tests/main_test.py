@@ -9,6 +9,7 @@ import pytest
 
 from kdseg import main
 from kdseg.data import archives
+from kdseg.experiment import config as config_lib
 from kdseg.experiment import estimate
 from kdseg.experiment import run as run_lib
 from kdseg.experiment import workdir as workdir_lib
@@ -99,7 +100,7 @@ def test_a_run_says_nothing_of_the_kind(started, capsys):
     checkpoint.CheckpointError("another network"),
     names.UnknownNameError("did you mean"),
     files.WriteError("x cannot be written: the disk is full"),
-    run_lib.ConfigError("no such method"),
+    config_lib.ConfigError("no such method"),
     memory.OutOfMemoryError("students: not enough memory"),
     loop.DivergedError("no arm is left"),
     workdir_lib.WorkdirError("in use"),

@@ -25,7 +25,7 @@ from kdseg.deploy import models
 from kdseg.deploy import segmenter
 from kdseg.deploy import weights
 from kdseg.evaluation import metrics
-from kdseg.experiment import run
+from kdseg.experiment import config as config_lib
 from kdseg.report import scores
 from kdseg.runtime import checkpoint
 from kdseg.runtime import files
@@ -131,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   parser.add_argument(
     "--tests",
     nargs="+",
-    choices=tuple(run.TEST_NAMES),
+    choices=tuple(config_lib.TEST_NAMES),
     default=["isic2016", "ph2"],
   )
   parser.add_argument("--manual-dir", help="folder of the official archives")
@@ -151,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         data_dir=options.data_dir,
         manual_dir=options.manual_dir,
       )
-      dataset = run.TEST_NAMES[name]
+      dataset = config_lib.TEST_NAMES[name]
       coverage[dataset] = arrays.coverage
       for path in paths:
         rows += score(models.load(path), arrays, dataset, path.name)

@@ -17,7 +17,10 @@ import numpy as np
 from kdseg import networks
 from kdseg.data import orientations
 from kdseg.distill import extensions as extensions_lib
-from kdseg.experiment import run
+from kdseg.experiment import config as config_lib
+from kdseg.experiment import splits
+from kdseg.experiment import students
+from kdseg.experiment import teachers as teachers_lib
 from kdseg.report import scores as scores_lib
 from kdseg.runtime import checkpoint
 from kdseg.runtime import devices
@@ -68,12 +71,12 @@ def estimate(
     OutOfMemoryError: if something takes more memory than there is.
   """
   workdir = pathlib.Path(workdir)
-  arm_ids, methods = run.check(config, extensions_lib.Extensions())
-  untrained = run.list_untrained(workdir, arm_ids)
+  arm_ids, methods = config_lib.check(config, extensions_lib.Extensions())
+  untrained = students.list_untrained(workdir, arm_ids)
   run_config = dataclasses.replace(
-    run.make_run_config(config), encoder_weights=False
+    config_lib.make_run_config(config), encoder_weights=False
   )
-  data = run.load_data(config)
+  data = splits.load(config)
   batch, evaluated = config.data.batch_size, config.evaluation.batch_size
   scored, _ = scores_lib.recover(workdir / "scores.csv")
   done = set(scores_lib.groups(scored))
@@ -112,7 +115,7 @@ def estimate(
         tap: np.ones(x.shape[-1], np.float32)
         for tap, x in prepared["teacher_out"].items()
       }
-    with run.enough_to_train(what, seeds, config, seeds):
+    with teachers_lib.enough_to_train(what, seeds, config, seeds):
       # One kind a call, so that no more than one program takes memory.
       arms = stage.make_arms(
         {
@@ -182,8 +185,8 @@ def estimate(
       c.network, axis_name=devices.AXIS, **dict(c.options)
     )
     variables = _initial(network, side)
-    teachers[name] = run.Teacher(network, variables)
-    training = run.make_train_config(dict(c.training))
+    teachers[name] = teachers_lib.Teacher(network, variables)
+    training = config_lib.make_train_config(dict(c.training))
     ready = c.checkpoint or checkpoint.is_finished(workdir / "teachers" / name)
     trains = not ready and training.steps(len(data.train), batch) > 0
     teaches = bool(taught_arms) and name in config.distil_from
@@ -226,19 +229,19 @@ def estimate(
       Item(f"{name}: scoring, passes of {evaluated}", left, seconds[name])
     )
   if len(config.distil_from) > 1:
-    left = passes_left(run.JOINT, int(config.seed), tta)
+    left = passes_left(config_lib.JOINT, int(config.seed), tta)
     each = sum(seconds.get(name, 0.0) for name in config.distil_from)
     items.append(
-      Item(f"{run.JOINT}: scoring, passes of {evaluated}", left, each)
+      Item(f"{config_lib.JOINT}: scoring, passes of {evaluated}", left, each)
     )
 
-  training = run.make_train_config(dict(config.training))
+  training = config_lib.make_train_config(dict(config.training))
   teacher_out = {}
-  teacher = run.join_teachers(config, teachers)
+  teacher = teachers_lib.join_teachers(config, teachers)
   if teacher is not None and taught_arms:
     teach = step_lib.make_teach(
       teacher.network,
-      run.list_taps(methods[arm_id.method] for arm_id in untrained),
+      config_lib.list_taps(methods[arm_id.method] for arm_id in untrained),
       channels=config.teacher_channels,
     )
     held = devices.replicate(teacher.variables)
@@ -268,13 +271,15 @@ def estimate(
     if not (group or left):
       continue
     student = next(arm_id.student for arm_id in arm_ids if arm_id.arm == arm)
-    network = run.make_student(student, config, extensions_lib.Extensions())
+    network = config_lib.make_student(
+      student, config, extensions_lib.Extensions()
+    )
     if repr(network) not in predicts:
       predicts[repr(network)] = time_pass(arm, network, _initial(network, side))
     if group:
       items += time_training(
         f"{arm} x {len(group)}",
-        run.make_spec(
+        students.make_spec(
           group[0],
           config,
           workdir,

@@ -1,9 +1,11 @@
 """What lies in a workdir, and whose it is."""
 
+from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 import contextlib
 import fcntl
+import functools
 from importlib import metadata
 import json
 import os
@@ -18,6 +20,9 @@ import ml_collections
 
 from kdseg.runtime import checkpoint
 from kdseg.runtime import files
+from kdseg.runtime import hosts
+
+Log = Callable[[Mapping[str, Any]], None]
 
 PACKAGES = (
   "kdseg",
@@ -260,3 +265,10 @@ def commit() -> str:
     if pathlib.Path(git("rev-parse", "--show-toplevel")) == package.parent:
       return git("describe", "--always", "--dirty", "--abbrev=12")
   return os.environ.get("KDSEG_COMMIT", "")
+
+
+def make_log(workdir: pathlib.Path) -> Log:
+  """Returns what writes log.jsonl; nothing on any host but the first."""
+  if not hosts.is_first():
+    return lambda record: None
+  return functools.partial(checkpoint.append_json_line, workdir / "log.jsonl")

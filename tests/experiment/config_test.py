@@ -12,6 +12,7 @@ import pytest
 
 from kdseg import networks
 from kdseg.distill import objective
+from kdseg.experiment import config as config_lib
 from kdseg.experiment import run
 from kdseg.experiment import workdir as workdir_lib
 from kdseg.networks.teachers import ensemble
@@ -126,14 +127,14 @@ def _check_taps(config):
   wanted = {}
   if not teachers:
     return wanted
-  for arm_id in run.list_arms(config):
+  for arm_id in config_lib.list_arms(config):
     method = objective.make_method(dict(config.methods[arm_id.method]))
     if method.needs_taps:
       wanted[arm_id.student, arm_id.method] = method
   teacher = teachers[0] if len(teachers) == 1 else ensemble.Ensemble(teachers)
   teach = step_lib.make_teach(
     teacher,
-    run.list_taps(wanted.values()),
+    config_lib.list_taps(wanted.values()),
     channels=config.teacher_channels,
   )
   teacher_out = jax.eval_shape(

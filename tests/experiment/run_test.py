@@ -24,15 +24,26 @@ from tiny_run import FROZEN
 from tiny_run import TEACHER
 from tiny_run import make_config
 
+from kdseg import networks
 from kdseg.data import archives
+from kdseg.data import orientations
 from kdseg.distill import extensions as extensions_lib
+from kdseg.distill import objective
+from kdseg.evaluation import evaluate
+from kdseg.experiment import config as config_lib
+from kdseg.experiment import reporting
 from kdseg.experiment import run
+from kdseg.experiment import scoring
+from kdseg.experiment import splits
+from kdseg.experiment import students
+from kdseg.experiment import teachers as teachers_lib
 from kdseg.experiment import workdir as workdir_lib
 from kdseg.report import scores as scores_lib
 from kdseg.runtime import checkpoint
 from kdseg.runtime import files
 from kdseg.runtime import memory
 from kdseg.runtime import preemption
+from kdseg.training import stage
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -344,8 +355,8 @@ def test_a_lost_table_is_written_again_and_nothing_else_is_done(
   expected = (workdir / "table.md").read_bytes()
   (workdir / "table.md").unlink()
   scores = (workdir / "scores.csv").stat().st_mtime_ns
-  monkeypatch.setattr(run.stage, "train_together", None)
-  monkeypatch.setattr(run.evaluate, "score", None)
+  monkeypatch.setattr(stage, "train_together", None)
+  monkeypatch.setattr(evaluate, "score", None)
   assert run.run(finished.config, workdir) is True
   assert (workdir / "table.md").read_bytes() == expected
   assert (workdir / "scores.csv").stat().st_mtime_ns == scores
@@ -440,11 +451,11 @@ def test_scoring_that_is_stopped_after_every_batch_is_as_never_stopped(
 
 def test_what_was_noted_of_other_weights_is_not_gone_on_from(tmp_path):
   path = tmp_path / "scoring.jsonl"
-  assert run._read_noted(path, "old") == []
+  assert scoring._read_noted(path, "old") == []
   checkpoint.append_json_line(path, [{"id": "a"}])
-  assert run._read_noted(path, "old") == [[{"id": "a"}]]
-  assert run._read_noted(path, "new") == []
-  assert run._read_noted(path, "old") == []
+  assert scoring._read_noted(path, "old") == [[{"id": "a"}]]
+  assert scoring._read_noted(path, "new") == []
+  assert scoring._read_noted(path, "old") == []
 
 
 @pytest.mark.long
@@ -477,15 +488,15 @@ def test_a_report_is_known_by_what_it_was_made_of_not_by_its_time(
 ):
   workdir = folder / "times"
   shutil.copytree(finished.workdir, workdir)
-  arm_ids, _ = run.check(finished.config, extensions_lib.Extensions())
+  arm_ids, _ = config_lib.check(finished.config, extensions_lib.Extensions())
   os.utime(workdir / "table.md", (0, 0))
-  assert run.is_finished(finished.config, workdir, arm_ids)
+  assert reporting.is_finished(finished.config, workdir, arm_ids)
   # Scores that were changed since, by a clock that went backwards.
   with open(workdir / "scores.csv", "ab") as file:
     file.write(b"x")
   os.utime(workdir / "scores.csv", (0, 0))
   os.utime(workdir / "table.md")
-  assert not run.is_finished(finished.config, workdir, arm_ids)
+  assert not reporting.is_finished(finished.config, workdir, arm_ids)
 
 
 # ------------------------------------------------------------ too little memory
@@ -504,7 +515,7 @@ def test_scores_that_take_too_much_memory_go_on_in_smaller_batches(
   workdir = copy(finished, folder / "large", "config.json", "teachers", "arms")
   config = finished.config.copy_and_resolve_references()
   with monkeypatch.context() as patch:
-    patch.setattr(run.stage, "make_predict", lambda network: allocate_too_much)
+    patch.setattr(stage, "make_predict", lambda network: allocate_too_much)
     with pytest.raises(
       memory.OutOfMemoryError,
       match=r"^scores: teacher_unet seed 0 on synthetic_test in batches of 8: "
@@ -529,7 +540,7 @@ def test_a_training_that_takes_too_much_memory_says_what_to_lower(
   finished, folder, monkeypatch, at_once, remedy
 ):
   workdir = copy(finished, folder / f"wide{at_once}", "config.json", "teachers")
-  monkeypatch.setattr(run.stage.loop, "fit", allocate_too_much)
+  monkeypatch.setattr(stage.loop, "fit", allocate_too_much)
   config = finished.config.copy_and_resolve_references()
   config.arms.patch_unet = {"methods": ("none",), "seeds": (0, 1, 2)}
   config.seeds_at_once = at_once
@@ -547,9 +558,7 @@ def test_a_validation_that_takes_too_much_memory_says_what_to_lower(
   finished, folder, monkeypatch
 ):
   workdir = copy(finished, folder / "validated", "config.json", "teachers")
-  monkeypatch.setattr(
-    run.stage, "make_predict", lambda network: allocate_too_much
-  )
+  monkeypatch.setattr(stage, "make_predict", lambda network: allocate_too_much)
   with pytest.raises(
     memory.OutOfMemoryError,
     match=rf"^students: validation in batches of 8: {SAID}\. Free some, or "
@@ -561,7 +570,7 @@ def test_a_validation_that_takes_too_much_memory_says_what_to_lower(
 def test_a_teachers_pass_that_takes_too_much_memory_says_what_to_lower(
   finished,
 ):
-  function = run._within_memory(
+  function = teachers_lib.within_memory(
     allocate_too_much, "teacher_unet: answers", finished.config
   )
   with pytest.raises(
@@ -678,12 +687,12 @@ def test_a_group_that_lost_an_arm_half_way_says_which(folder):
   path = steps / "001" / "group.json"
   checkpoint.write_json(path, {"a-seed0": {}, "b-seed0": {}})
   config = make_config(folder)
-  arm_id = run.ArmId("a", "a", "none", 0)
+  arm_id = config_lib.ArmId("a", "a", "none", 0)
   with pytest.raises(workdir_lib.WorkdirError, match=r"no more \(b-seed0\)"):
-    run._next_group(config, [arm_id], folder / "groups")
+    students._next_group(config, [arm_id], folder / "groups")
   # What is begun anew takes the place of no other.
   checkpoint.write_json(path, {"b-seed0": {}})
-  begun = run._next_group(config, [arm_id], folder / "groups")
+  begun = students._next_group(config, [arm_id], folder / "groups")
   assert begun == (["a-seed0"], "002")
 
 
@@ -795,8 +804,8 @@ def test_frozen_blocks_are_left_as_they_were_drawn_and_no_others(joint):
   variables, _ = checkpoint.load_variables(
     joint.workdir / "teachers" / "teacher_vit"
   )
-  network = run.networks.make_network("vit_unet", **FROZEN["options"])
-  drawn = run.networks.make_variables(
+  network = networks.make_network("vit_unet", **FROZEN["options"])
+  drawn = networks.make_variables(
     network,
     jax.random.fold_in(jax.random.key(0), 0),
     size=32,
@@ -809,19 +818,21 @@ def test_frozen_blocks_are_left_as_they_were_drawn_and_no_others(joint):
 
 
 def test_what_was_computed_is_what_the_teachers_answer(joint):
-  data = run.load_data(joint.config)
+  data = splits.load(joint.config)
   teachers = {
-    name: run.make_teacher(name, joint.config, joint.workdir, data, log=None)
+    name: teachers_lib.make_teacher(
+      name, joint.config, joint.workdir, data, log=None
+    )
     for name in joint.config.teachers
   }
   # Finished, and still asked through what its frozen blocks made.
   assert teachers["teacher_vit"].encoder_features["tokens"].shape[:2] == (8, 24)
-  teacher = run.join_teachers(joint.config, teachers)
+  teacher = teachers_lib.join_teachers(joint.config, teachers)
   [cached] = (joint.workdir / "cache").glob("taught-*")
   stored = {path.stem: np.load(path) for path in cached.glob("*.npy")}
   assert set(stored) == {"logits", "low"}
   assert stored["low"].shape == (8, 24, 8, 8, 3)
-  image = run.cache.orient(data.train.image[:4], 5)
+  image = orientations.orient(data.train.image[:4], 5)
   out = teacher.network.apply(teacher.variables, image.astype(np.float32) / 255)
   np.testing.assert_allclose(
     stored["logits"][5, :4], out["logits"], rtol=0.02, atol=0.02
@@ -831,29 +842,31 @@ def test_what_was_computed_is_what_the_teachers_answer(joint):
 def test_a_taught_average_is_that_of_the_eight_orientations(joint, monkeypatch):
   config = joint.config.copy_and_resolve_references()
   config.teacher_out_tta = "dihedral"
-  data = run.load_data(config)
+  data = splits.load(config)
   teachers = {
-    name: run.make_teacher(name, config, joint.workdir, data, log=None)
+    name: teachers_lib.make_teacher(name, config, joint.workdir, data, log=None)
     for name in config.teachers
   }
-  method = run.objective.make_method({"terms": {"kd": 1.0}})
-  teaching = run._make_teaching(
+  method = objective.make_method({"terms": {"kd": 1.0}})
+  teaching = students._make_teaching(
     config,
     joint.workdir,
     data,
-    run.join_teachers(config, teachers),
+    teachers_lib.join_teachers(config, teachers),
     [method],
   )
   logits = teaching.computed["teacher_out"]["logits"]
   assert logits.shape == (1, 24, 32, 32)
-  teacher = run.join_teachers(config, teachers)
+  teacher = teachers_lib.join_teachers(config, teachers)
   answers = []
   for o in range(8):
-    image = run.cache.orient(data.train.image[:2], o)
+    image = orientations.orient(data.train.image[:2], o)
     out = teacher.network.apply(
       teacher.variables, image.astype(np.float32) / 255
     )
-    answers.append(run.cache.restore_orientation(np.asarray(out["logits"]), o))
+    answers.append(
+      orientations.restore_orientation(np.asarray(out["logits"]), o)
+    )
   np.testing.assert_allclose(
     logits[0, :2], np.mean(answers, 0), rtol=0.02, atol=0.02
   )
@@ -905,7 +918,7 @@ def test_a_teacher_of_another_run_is_taken_as_it_is(finished, folder, data_dir):
     data_dir, teachers={"teacher_old": {**TEACHER, "checkpoint": str(source)}}
   )
   workdir = folder / "taken"
-  teacher = run.make_teacher(
+  teacher = teachers_lib.make_teacher(
     "teacher_old", config, workdir, data=None, log=None
   )
   expected, _ = checkpoint.load_variables(source)
@@ -921,10 +934,10 @@ def test_a_teacher_of_another_run_is_taken_as_it_is(finished, folder, data_dir):
 def test_a_teacher_of_no_epochs_is_as_it_was_drawn(folder, data_dir):
   untrained = {**TEACHER, "training": {"epochs": 0.0, "learning_rate": 1.0}}
   config = make_config(data_dir, teachers={"teacher_random": untrained})
-  teacher = run.make_teacher(
+  teacher = teachers_lib.make_teacher(
     "teacher_random", config, folder / "random", data=None, log=None
   )
-  drawn = run.networks.make_variables(
+  drawn = networks.make_variables(
     teacher.network,
     jax.random.fold_in(jax.random.key(0), 0),
     size=32,
@@ -966,7 +979,7 @@ def test_a_teacher_that_was_drawn_is_no_gate(folder, data_dir):
 )
 def test_a_teacher_from_a_file_was_trained_there(changes, drawn, data_dir):
   config = make_config(data_dir, teachers={"teacher": {**TEACHER, **changes}})
-  assert run.is_drawn(config.teachers.teacher) is drawn
+  assert config_lib.is_drawn(config.teachers.teacher) is drawn
 
 
 def test_a_teacher_of_another_shape_is_refused_by_its_leaf(
@@ -979,7 +992,7 @@ def test_a_teacher_of_another_shape_is_refused_by_its_leaf(
   with pytest.raises(
     checkpoint.CheckpointError, match=r"of another network: \w+/\w+"
   ):
-    run.make_teacher(
+    teachers_lib.make_teacher(
       "teacher_wide", config, folder / "wide", data=None, log=None
     )
 
@@ -989,7 +1002,7 @@ def test_a_teacher_of_another_shape_is_refused_by_its_leaf(
 
 def test_arms_are_planned_seed_by_seed(data_dir):
   arms = {"enet": {"methods": ("none", "mbf"), "seeds": (1, 0)}}
-  arm_ids = run.list_arms(make_config(data_dir, arms=arms))
+  arm_ids = config_lib.list_arms(make_config(data_dir, arms=arms))
   assert [arm_id.key for arm_id in arm_ids] == [
     "enet-none-seed0",
     "enet-mbf-seed0",
@@ -1080,7 +1093,7 @@ def test_a_config_of_another_version_is_refused_by_its_key(data_dir, tmp_path):
     config = make_config(data_dir)
     outer, _, inner = key.rpartition(".")
     del (config[outer] if outer else config)[inner]
-    with pytest.raises(run.ConfigError) as error:
+    with pytest.raises(config_lib.ConfigError) as error:
       run.run(config, tmp_path / "run")
     assert str(error.value) == (
       f"the config has no {key}, which {here} reads: it may be for another "
@@ -1120,7 +1133,7 @@ def test_a_tap_that_a_network_lacks_is_named_before_anything_is_trained(
   config = make_config(data_dir)
   config.methods.mbf.taps = ("lwo",)
   with pytest.raises(
-    run.ConfigError,
+    config_lib.ConfigError,
     match=r"method \"mbf\" of arms\.patch_unet: the student has no tap 'lwo'",
   ):
     run.run(config, tmp_path / "new")
@@ -1129,10 +1142,10 @@ def test_a_tap_that_a_network_lacks_is_named_before_anything_is_trained(
 def test_a_method_that_needs_a_teacher_says_so(finished, data_dir):
   config = make_config(data_dir, distil_from=())
   with pytest.raises(ValueError, match="set distil_from"):
-    run._make_teaching(
+    students._make_teaching(
       config,
       finished.workdir,
       data=None,
       teacher=None,
-      methods=[run.objective.make_method({"terms": {"kd": 1.0}})],
+      methods=[objective.make_method({"terms": {"kd": 1.0}})],
     )

@@ -204,7 +204,7 @@ def test_the_batches_of_the_evaluation_may_change_size(tmp_path):
   written = json.loads((tmp_path / "config.json").read_text())
   assert written["evaluation"]["batch_size"] == 4
   config.evaluation.tta = "dihedral"
-  with pytest.raises(workdir_lib.WorkdirError, match=r"evaluation\.averaging"):
+  with pytest.raises(workdir_lib.WorkdirError, match=r"evaluation\.tta"):
     workdir_lib.adopt_config(config, tmp_path)
 
 

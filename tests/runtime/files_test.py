@@ -22,7 +22,7 @@ from kdseg.deploy import export
 from kdseg.deploy import models
 from kdseg.deploy import page
 from kdseg.evaluation import metrics
-from kdseg.experiment import run
+from kdseg.experiment import scoring
 from kdseg.report import scores
 from kdseg.runtime import checkpoint
 from kdseg.runtime import files
@@ -101,7 +101,7 @@ def write_scores(folder, seed):
 
 def write_prediction(folder, seed):
   mask = np.random.default_rng(seed).random((40, 40)) > 0.5
-  run._save_prediction(folder, "x", seed, "d", "image", mask)
+  scoring._save_prediction(folder, "x", seed, "d", "image", mask)
   return folder / "predictions" / f"x-seed{seed}" / "d" / "image.png"
 
 
