@@ -190,19 +190,10 @@ def test_losses_and_metrics_load_without_flax_or_config():
   )
 
 
-# Where networks of PyTorch are what is measured against.
-OTHERS = "kdseg.deploy.peers"
-
-
-@pytest.mark.parametrize("module", [name for name in MODULES if name != OTHERS])
+@pytest.mark.parametrize("module", MODULES)
 def test_no_module_names_tensorflow_or_torch(module):
   roots = {name.split(".")[0] for name in imports_of(module)}
   assert not roots & {"tensorflow", "torch"}
-
-
-def test_only_the_benchmark_asks_for_the_networks_of_others():
-  asking = {name for name in MODULES if OTHERS in imports_of(name)}
-  assert asking == {"kdseg.deploy.benchmark"}
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if "." in name])

@@ -22,6 +22,8 @@ from kdseg.deploy import export
 from kdseg.deploy import models
 from kdseg.deploy import page
 from kdseg.deploy import pictures
+from kdseg.deploy.page import runtime
+from kdseg.deploy.page import site
 from kdseg.evaluation import metrics
 from kdseg.runtime import checkpoint
 
@@ -38,7 +40,7 @@ CHROMIUM = next(
 
 @pytest.fixture(scope="module", autouse=True)
 def _drawn_once():
-  page.draw_examples()
+  site.draw_examples()
 
 
 @pytest.fixture
@@ -54,7 +56,7 @@ def exported(tmp_path):
 
 @pytest.fixture
 def built(exported, tmp_path):
-  page.build(tmp_path / "page", exported, runtime=RUNTIME)
+  site.build(tmp_path / "page", exported, runtime=RUNTIME)
   return tmp_path / "page"
 
 
@@ -108,7 +110,7 @@ def test_the_service_worker_keeps_every_other_file_by_its_hash(built):
 
 
 def test_the_same_network_gives_the_same_page(built, exported, tmp_path):
-  page.build(tmp_path / "again", exported, runtime=RUNTIME)
+  site.build(tmp_path / "again", exported, runtime=RUNTIME)
   for name in names(built):
     assert (tmp_path / "again" / name).read_bytes() == (
       built / name
@@ -120,7 +122,7 @@ def test_another_network_gives_another_version(built, exported, tmp_path):
     return re.search(r'VERSION = "(\w+)"', (folder / "sw.js").read_text())[1]
 
   (exported / "model.onnx").write_bytes(b"others")
-  page.build(tmp_path / "other", exported, runtime=RUNTIME)
+  site.build(tmp_path / "other", exported, runtime=RUNTIME)
   assert version(built) != version(tmp_path / "other")
 
 
@@ -139,12 +141,12 @@ def test_says_what_the_network_is(built):
 def test_weights_are_a_choice_only_where_there_is_one(built, exported):
   assert [n["id"] for n in described(built)["networks"]] == ["fp32"]
   (exported / "model.int8.onnx").write_bytes(b"8 bits")
-  page.build(built, exported, runtime=RUNTIME)
+  site.build(built, exported, runtime=RUNTIME)
   assert [n["id"] for n in described(built)["networks"]] == ["fp32", "int8"]
   assert (built / "model.int8.onnx").read_bytes() == b"8 bits"
   # And back: what the page no longer has does not stay.
   (exported / "model.int8.onnx").unlink()
-  page.build(built, exported, runtime=RUNTIME)
+  site.build(built, exported, runtime=RUNTIME)
   assert "model.int8.onnx" not in names(built)
 
 
@@ -153,17 +155,17 @@ def test_takes_the_int8_file_that_it_is_given(
 ):
   path = tmp_path / "small.onnx"
   path.write_bytes(b"given")
-  with pytest.raises(page.PageError, match=r"small\.onnx is no network of"):
-    page.build(built, exported, runtime=RUNTIME, int8=path)
-  monkeypatch.setattr(page.artefacts, "run_onnx", lambda *content: None)
-  page.build(built, exported, runtime=RUNTIME, int8=path)
+  with pytest.raises(runtime.PageError, match=r"small\.onnx is no network of"):
+    site.build(built, exported, runtime=RUNTIME, int8=path)
+  monkeypatch.setattr(site.artefacts, "run_onnx", lambda *content: None)
+  site.build(built, exported, runtime=RUNTIME, int8=path)
   assert (built / "model.int8.onnx").read_bytes() == b"given"
-  with pytest.raises(page.PageError, match=r"absent\.onnx cannot be read"):
-    page.build(built, exported, runtime=RUNTIME, int8=tmp_path / "absent.onnx")
+  with pytest.raises(runtime.PageError, match=r"absent\.onnx cannot be read"):
+    site.build(built, exported, runtime=RUNTIME, int8=tmp_path / "absent.onnx")
 
 
 def test_the_examples_are_three_small_pictures():
-  drawn = page.draw_examples()
+  drawn = site.draw_examples()
   assert len(drawn) == 3
   for content in drawn.values():
     assert len(content) < 100_000
@@ -178,10 +180,10 @@ def test_a_folder_with_something_else_is_refused_and_left(exported, tmp_path):
   out = tmp_path / "home"
   out.mkdir()
   (out / "letter.txt").write_text("mine")
-  with pytest.raises(page.PageError, match=r"not empty.*--force"):
-    page.build(out, exported, runtime=RUNTIME)
+  with pytest.raises(runtime.PageError, match=r"not empty.*--force"):
+    site.build(out, exported, runtime=RUNTIME)
   assert names(out) == {"letter.txt"}
-  page.build(out, exported, runtime=RUNTIME, force=True)
+  site.build(out, exported, runtime=RUNTIME, force=True)
   assert (out / "letter.txt").read_text() == "mine"
   assert (out / "index.html").exists()
 
@@ -191,7 +193,7 @@ def test_an_earlier_page_is_replaced_and_what_is_beside_it_stays(
 ):
   (built / "CNAME").write_text("example.org")
   (exported / "model.onnx").write_bytes(b"others")
-  page.build(built, exported, runtime=RUNTIME)
+  site.build(built, exported, runtime=RUNTIME)
   assert (built / "model.onnx").read_bytes() == b"others"
   assert (built / "CNAME").exists()
 
@@ -202,21 +204,21 @@ def test_an_earlier_page_removes_nothing_outside(built, exported, tmp_path):
   said["files"] += ["../outside", "gone.js"]
   (built / "gone.js").write_text("")
   (built / "page.json").write_text(json.dumps(said))
-  page.build(built, exported, runtime=RUNTIME)
+  site.build(built, exported, runtime=RUNTIME)
   assert (tmp_path / "outside").exists()
   assert not (built / "gone.js").exists()
 
 
 def test_an_empty_folder_is_as_good_as_none(exported, tmp_path):
   (tmp_path / "page").mkdir()
-  page.build(tmp_path / "page", exported, runtime=RUNTIME)
+  site.build(tmp_path / "page", exported, runtime=RUNTIME)
   assert (tmp_path / "page" / "sw.js").exists()
 
 
 def test_a_file_is_no_folder(exported, tmp_path):
   (tmp_path / "page").write_text("")
-  with pytest.raises(page.PageError, match="is a file"):
-    page.build(tmp_path / "page", exported, runtime=RUNTIME, force=True)
+  with pytest.raises(runtime.PageError, match="is a file"):
+    site.build(tmp_path / "page", exported, runtime=RUNTIME, force=True)
 
 
 def test_a_page_that_fails_leaves_nothing(exported, tmp_path, monkeypatch):
@@ -230,7 +232,7 @@ def test_a_page_that_fails_leaves_nothing(exported, tmp_path, monkeypatch):
   monkeypatch.setattr(pathlib.Path, "write_bytes", full)
   before = sorted(tmp_path.iterdir())
   with pytest.raises(OSError, match="No space"):
-    page.build(tmp_path / "page", exported, runtime=RUNTIME)
+    site.build(tmp_path / "page", exported, runtime=RUNTIME)
   assert sorted(tmp_path.iterdir()) == before
 
 
@@ -250,20 +252,20 @@ def test_a_page_can_be_read_by_a_web_server(built):
 )
 def test_an_export_that_is_not_whole_is_named(exported, tmp_path, name, said):
   (exported / name).unlink()
-  with pytest.raises(page.PageError, match=said):
-    page.build(tmp_path / "page", exported, runtime=RUNTIME)
+  with pytest.raises(runtime.PageError, match=said):
+    site.build(tmp_path / "page", exported, runtime=RUNTIME)
   assert not (tmp_path / "page").exists()
 
 
 def test_an_export_of_another_version_is_named(exported, tmp_path):
   (exported / "preprocess.json").write_text('{"size": 32}')
-  with pytest.raises(page.PageError, match="'input' is missing"):
-    page.build(tmp_path / "page", exported, runtime=RUNTIME)
+  with pytest.raises(runtime.PageError, match="'input' is missing"):
+    site.build(tmp_path / "page", exported, runtime=RUNTIME)
 
 
 def test_an_export_without_weights_is_enough(exported, tmp_path):
   (exported / "weights.safetensors").unlink()
-  said = page.build(tmp_path / "page", exported, runtime=RUNTIME)
+  said = site.build(tmp_path / "page", exported, runtime=RUNTIME)
   assert said["about"] == []
 
 
@@ -279,8 +281,8 @@ def package(tmp_path, monkeypatch):
       member = tarfile.TarInfo(f"package/dist/{name}")
       member.size = len(content)
       file.addfile(member, io.BytesIO(content))
-  digest = page.base64.b64encode(hashlib.sha512(path.read_bytes()).digest())
-  monkeypatch.setattr(page, "RUNTIME_INTEGRITY", f"sha512-{digest.decode()}")
+  digest = runtime.base64.b64encode(hashlib.sha512(path.read_bytes()).digest())
+  monkeypatch.setattr(runtime, "RUNTIME_INTEGRITY", f"sha512-{digest.decode()}")
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
   monkeypatch.setenv("PATH", str(tmp_path / "bin"))
   return path
@@ -306,17 +308,17 @@ def packing(package):
 
 def test_the_runtime_is_fetched_once(package, tmp_path):
   install_npm(tmp_path, packing(package))
-  assert page.get_runtime(files=FILES) == RUNTIME
+  assert runtime.get_runtime(files=FILES) == RUNTIME
   (tmp_path / "bin" / "npm").unlink()
-  assert page.get_runtime(files=FILES) == RUNTIME
+  assert runtime.get_runtime(files=FILES) == RUNTIME
 
 
 def test_a_damaged_cache_is_fetched_again(package, tmp_path):
   install_npm(tmp_path, packing(package))
-  page.get_runtime(files=FILES)
+  runtime.get_runtime(files=FILES)
   [kept] = (tmp_path / "cache").rglob("ort.js")
   kept.write_bytes(b"evil")
-  assert page.get_runtime(files=FILES) == RUNTIME
+  assert runtime.get_runtime(files=FILES) == RUNTIME
   assert kept.read_bytes() == RUNTIME["ort.js"]
 
 
@@ -325,34 +327,34 @@ def test_a_cache_that_cannot_be_written_costs_a_download(
 ):
   install_npm(tmp_path, packing(package))
   (tmp_path / "cache").write_text("a file")
-  assert page.get_runtime(files=FILES) == RUNTIME
+  assert runtime.get_runtime(files=FILES) == RUNTIME
   assert "cannot be written" in capsys.readouterr().err
 
 
 def test_without_npm_it_says_what_to_do(package):
-  with pytest.raises(page.PageError, match=r"npm pack .* --runtime"):
-    page.get_runtime(files=FILES)
-  assert page.get_runtime(package, files=FILES) == RUNTIME
+  with pytest.raises(runtime.PageError, match=r"npm pack .* --runtime"):
+    runtime.get_runtime(files=FILES)
+  assert runtime.get_runtime(package, files=FILES) == RUNTIME
 
 
 def test_without_a_network_it_says_what_npm_said(package, tmp_path):
   install_npm(tmp_path, "echo 'npm error code ENOTFOUND' >&2; exit 1")
-  with pytest.raises(page.PageError, match=r"ENOTFOUND.*with a network"):
-    page.get_runtime(files=FILES)
+  with pytest.raises(runtime.PageError, match=r"ENOTFOUND.*with a network"):
+    runtime.get_runtime(files=FILES)
 
 
 def test_another_package_than_the_published_one_is_not_used(package):
   package.write_bytes(package.read_bytes() + b"\0")
-  with pytest.raises(page.PageError, match="not used"):
-    page.get_runtime(package, files=FILES)
-  with pytest.raises(page.PageError, match="cannot be read"):
-    page.get_runtime(package.parent / "absent.tgz", files=FILES)
+  with pytest.raises(runtime.PageError, match="not used"):
+    runtime.get_runtime(package, files=FILES)
+  with pytest.raises(runtime.PageError, match="cannot be read"):
+    runtime.get_runtime(package.parent / "absent.tgz", files=FILES)
 
 
 def test_another_file_than_the_published_one_is_not_used(package):
   files = FILES | {"ort.js": ("dist/ort.js", "0" * 64)}
-  with pytest.raises(page.PageError, match="another SHA-256"):
-    page.get_runtime(package, files=files)
+  with pytest.raises(runtime.PageError, match="another SHA-256"):
+    runtime.get_runtime(package, files=files)
 
 
 # ----------------------------------------------------------------- the command
@@ -361,7 +363,7 @@ def test_another_file_than_the_published_one_is_not_used(package):
 def test_the_command_writes_a_page_of_an_export(
   exported, tmp_path, monkeypatch, capsys
 ):
-  monkeypatch.setattr(page, "get_runtime", lambda archive: RUNTIME)
+  monkeypatch.setattr(runtime, "get_runtime", lambda archive: RUNTIME)
   out = tmp_path / "page"
   assert page.main([str(out), "--model", str(exported)]) == 0
   assert "http.server" in capsys.readouterr().out
@@ -369,7 +371,7 @@ def test_the_command_writes_a_page_of_an_export(
 
 
 def test_the_command_exports_a_model_first(tmp_path, monkeypatch):
-  monkeypatch.setattr(page, "get_runtime", lambda archive: RUNTIME)
+  monkeypatch.setattr(runtime, "get_runtime", lambda archive: RUNTIME)
   path = tiny_model.write(tmp_path / "a.safetensors")
   out = tmp_path / "page"
   assert page.main([str(out), "--model", str(path)]) == 0
@@ -379,7 +381,7 @@ def test_the_command_exports_a_model_first(tmp_path, monkeypatch):
 def test_the_command_says_in_one_line_what_is_wrong(
   exported, tmp_path, monkeypatch, capsys
 ):
-  monkeypatch.setattr(page, "get_runtime", lambda archive: RUNTIME)
+  monkeypatch.setattr(runtime, "get_runtime", lambda archive: RUNTIME)
   out = tmp_path / "page"
   for model, said in (
     ("nothing", "kdseg: nothing is no file"),
@@ -388,7 +390,7 @@ def test_the_command_says_in_one_line_what_is_wrong(
     assert page.main([str(out), "--model", model]) == 1
     assert capsys.readouterr().err.startswith(said)
   # Before anything is fetched.
-  monkeypatch.delattr(page, "get_runtime")
+  monkeypatch.delattr(runtime, "get_runtime")
   assert page.main([str(tmp_path), "--model", str(exported)]) == 1
   assert "not empty" in capsys.readouterr().err
 
@@ -452,7 +454,7 @@ def arithmetic(tmp_path_factory):
   if NODE is None:
     pytest.skip("node is not installed")
   folder = tmp_path_factory.mktemp("js")
-  for path in pathlib.Path(page.__file__).with_name("page_files").glob("*.js"):
+  for path in pathlib.Path(page.__file__).with_name("files").glob("*.js"):
     shutil.copy(path, folder)
   (folder / "package.json").write_text('{"type": "module"}')
 
@@ -587,18 +589,18 @@ def visit(tmp_path_factory):
   if reason := _missing():
     pytest.skip(reason)
   try:
-    runtime = page.get_runtime()
-  except page.PageError as error:
+    fetched = runtime.get_runtime()
+  except runtime.PageError as error:
     pytest.skip(str(error))
   folder = tmp_path_factory.mktemp("visit")
   model = models.load_weights("isic2016-student")
   exported = folder / "exported"
   export.export(model, exported, forms=("onnx",))
-  page.build(folder / "page", exported, runtime=runtime)
+  site.build(folder / "page", exported, runtime=fetched)
   preprocess = exported / "preprocess.json"
   said = json.loads(preprocess.read_text())
   preprocess.write_text(json.dumps(said | {"threshold": 0.4}))
-  page.build(folder / "newer", exported, runtime=runtime)
+  site.build(folder / "newer", exported, runtime=fetched)
 
   picture = Image.fromarray(synthetic.draw(np.random.default_rng(7), 600)[0])
   exif = Image.Exif()

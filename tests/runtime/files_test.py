@@ -20,7 +20,7 @@ from kdseg import predict
 from kdseg.data import pipeline
 from kdseg.deploy import export
 from kdseg.deploy import models
-from kdseg.deploy import page
+from kdseg.deploy.page import site
 from kdseg.evaluation import metrics
 from kdseg.experiment import scoring
 from kdseg.report import scores
@@ -125,7 +125,7 @@ def write_export(folder, seed):
 
 def write_page(folder, seed):
   made = {name: numbers(seed, 50).tobytes() for name in ("index.html", "sw.js")}
-  page._write(folder / "site", made | {"page.json": b"{}"}, [])
+  site._write(folder / "site", made | {"page.json": b"{}"}, [])
   return folder / "site"
 
 

