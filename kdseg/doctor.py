@@ -533,8 +533,7 @@ def check_archives(folder: pathlib.Path) -> Iterator[Finding]:
     folder: a data.manual_dir.
   """
   from kdseg.data import archives
-  from kdseg.data.sets import isic2016
-  from kdseg.data.sets import ph2
+  from kdseg.data import sets
 
   folder = folder.expanduser()
   if not folder.is_dir():
@@ -542,32 +541,23 @@ def check_archives(folder: pathlib.Path) -> Iterator[Finding]:
       Level.PROBLEM, f"{folder} is no folder", "choose another --manual-dir"
     )
     return
-  try:
-    sources = isic2016.find_sources(folder)
-    if sources:
-      yield from _describe(
-        "isic2016",
-        folder,
-        list(sources.values()),
-        isic2016.take_inventory(isic2016.require_sources(folder)),
-      )
-    else:
-      yield Finding(
-        Level.WARNING,
-        f"isic2016: not in {folder}",
-        isic2016.Isic2016.MANUAL_DOWNLOAD_INSTRUCTIONS,
-      )
-  except archives.DataError as error:
-    yield Finding(Level.PROBLEM, f"isic2016: {_one_line(error)}")
-  try:
-    source = ph2.find_source(folder)
-  except archives.DataError as error:
-    yield Finding(Level.WARNING, f"ph2: {_one_line(error)}")
-    return
-  try:
-    yield from _describe("ph2", folder, [source], ph2.take_inventory(source))
-  except archives.DataError as error:
-    yield Finding(Level.PROBLEM, f"ph2: {_one_line(error)}")
+  for name, builder in sets.BUILDERS.items():
+    if not builder.official:
+      continue
+    try:
+      sources = builder.find_sources(folder)
+      if sources:
+        # Beside the archives lies nothing that was prepared.
+        inventory = builder(data_dir=str(folder)).inventory(folder)
+        yield from _describe(name, folder, sources, inventory)
+      else:
+        yield Finding(
+          Level.WARNING,
+          f"{name}: not in {folder}",
+          builder.MANUAL_DOWNLOAD_INSTRUCTIONS,
+        )
+    except archives.DataError as error:
+      yield Finding(Level.PROBLEM, f"{name}: {_one_line(error)}")
 
 
 def _describe(

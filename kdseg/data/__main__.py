@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import sys
 
 from kdseg.data import pairs
-from kdseg.data import pipeline
+from kdseg.data import prepare
+from kdseg.data import sets
 from kdseg.data import verify
 from kdseg.data.archives import DataError
 from kdseg.data.sets import isic2016
@@ -38,13 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
       )
       print(verify.describe(report, limit=arguments.limit))
       return 0 if report.ok else 1
-    builder = pipeline.prepare(
+    builder = prepare.prepare(
       arguments.name,
       data_dir=arguments.data_dir,
       manual_dir=arguments.manual_dir,
       **options,
     )
-    metadata = pipeline.read_metadata(builder)
+    metadata = prepare.read_metadata(builder)
   except (DataError, files.WriteError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
@@ -67,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   parser.add_argument("command", choices=("verify", "prepare"))
-  parser.add_argument("name", choices=tuple(pipeline.BUILDERS))
+  parser.add_argument("name", choices=tuple(sets.BUILDERS))
   parser.add_argument(
     "--manual_dir", help="the official archives, or the folder of `folder`"
   )

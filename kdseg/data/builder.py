@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import dataclasses
 import os
 import pathlib
+import types
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -36,11 +37,27 @@ class PairBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   Features: `image` uint8 [h, w, 3] RGB, `mask` uint8 [h, w, 1] with 255 where
   there is lesion and 0 elsewhere, `id`, and what `extra_features` names.
   `info.metadata` says what was found of the official release.
+
+  Attributes:
+    name: what a config calls the data set.
+    title: what a model card calls it, with its source.
+    test_name: what `scores.csv` calls its test split.
+    official: whether it is a published release with a test split of its own,
+      so that scores may be held against published ones.
+    official_counts: by split, the pairs of that release.
+    terms_of_use: what it may be used for, as a model card says it.
+    description: for tfds, as `homepage` and `citation`.
   """
 
   VERSION = tfds.core.Version("1.0.0")
   RELEASE_NOTES = {"1.0.0": "First release."}  # noqa: RUF012  (tfds reads it)
 
+  name: str
+  title: str = "own pictures"
+  test_name: str = ""
+  official: bool = False
+  official_counts: Mapping[str, int] = types.MappingProxyType({})
+  terms_of_use: str = "under terms of their own"
   description: str = ""
   homepage: str = ""
   citation: str = ""
@@ -85,6 +102,22 @@ class PairBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       DataError: if there is nothing to list.
     """
     raise NotImplementedError
+
+  @classmethod
+  def options_from(cls, manual_dir: pathlib.Path | None) -> dict[str, Any]:
+    """Returns options that follow from where the files lie."""
+    del manual_dir
+    return {}
+
+  @classmethod
+  def find_sources(cls, manual_dir: pathlib.Path) -> tuple[pathlib.Path, ...]:
+    """Returns the archives or folders of this data set in a folder.
+
+    Raises:
+      DataError: if one is there that cannot be read, as a `.rar`.
+    """
+    del manual_dir
+    return ()
 
   def describe_splits(self) -> str:
     """What to say to a reader who misses a split; "" for a release."""

@@ -22,7 +22,8 @@ import tqdm
 from kdseg.data import archives
 from kdseg.data import builder as builder_lib
 from kdseg.data import pairs
-from kdseg.data import pipeline
+from kdseg.data import prepare
+from kdseg.data import sets
 from kdseg.data.archives import DataError
 from kdseg.data.pairs import Inventory
 from kdseg.data.pairs import Pair
@@ -97,15 +98,17 @@ def verify(
   *,
   manual_dir: str | os.PathLike[str] | None = None,
   data_dir: str | os.PathLike[str] | None = None,
+  builders: prepare.Builders = sets.BUILDERS,
   **options: Any,
 ) -> Report:
   """Checks every file of a data set.
 
   Args:
-    name: `isic2016`, `ph2`, `synthetic` or `folder`.
+    name: a key of `builders`.
     manual_dir: the archives or the folder. Without it, what lies prepared in
       `data_dir` is looked through instead.
     data_dir: where prepared data sets lie; the default of tfds if None.
+    builders: the data sets by name.
     **options: of the builder.
 
   Returns:
@@ -117,7 +120,9 @@ def verify(
   if name == "folder" and manual_dir is None:
     raise DataError("verify folder needs --manual_dir, the folder itself.")
   grey_masks = options.get("grey_masks", "error")
-  builder = pipeline.make_builder(name, data_dir=data_dir, **options)
+  builder = prepare.make_builder(
+    name, data_dir=data_dir, builders=builders, **options
+  )
   if manual_dir is not None:
     directory = pathlib.Path(manual_dir).expanduser()
     if not directory.is_dir():
@@ -127,7 +132,7 @@ def verify(
   elif name == "synthetic":
     inventory = builder.inventory(None)
     source = "drawn"
-  elif pipeline.is_prepared(builder):
+  elif prepare.is_prepared(builder):
     inventory = prepared_inventory(builder)
     source = str(builder.data_dir)
   else:
@@ -140,7 +145,7 @@ def verify(
 
 def prepared_inventory(builder: builder_lib.PairBuilder) -> Inventory:
   """The inventory of a prepared data set, read from its records."""
-  metadata = pipeline.read_metadata(builder)
+  metadata = prepare.read_metadata(builder)
   splits = {
     split: tuple(_record_pairs(builder, split)) for split in builder.info.splits
   }
@@ -343,7 +348,7 @@ def _record_pairs(
   builder: builder_lib.PairBuilder, split: str
 ) -> Iterator[Pair]:
   where = f"{builder.name}/{split}"
-  for id_, image, mask in pipeline.read_records(builder, split):
+  for id_, image, mask in prepare.read_records(builder, split):
     yield Pair(
       id_,
       archives.in_memory(f"{id_}.image", where, image),

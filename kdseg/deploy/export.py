@@ -44,6 +44,7 @@ import numpy as np
 from kdseg import networks
 from kdseg.data import archives
 from kdseg.data import pipeline
+from kdseg.data import sets
 from kdseg.data.sets import synthetic
 from kdseg.deploy import artefacts
 from kdseg.deploy import models
@@ -74,13 +75,6 @@ _REPLACED = (
 # What every export writes, and what tells one from other folders.
 _WRITTEN = ("weights.safetensors", "golden.npz", "README.md")
 _MARKS = ("PARITY.json", "preprocess.json")
-# By the name of the data set, as a card states them.
-TERMS = {
-  "isic2016": "ISIC-2016 part 1 (Gutman et al. 2016), CC0",
-  "ph2": "PH2 (Mendonca et al. 2013), for research and benchmarking only",
-  "synthetic": "drawn lesions, made by this package",
-  "folder": "pictures of its maker's own, under terms of their own",
-}
 _GOLDEN = 4
 _RANDOM = 4
 _TIMED = 30
@@ -450,7 +444,9 @@ def make_card(
 
 def _trained_on(about: Mapping[str, Any]) -> str:
   name = about.get("trained_on")
-  return TERMS.get(name, name) if name else "not stated"
+  if name not in sets.BUILDERS:
+    return name or "not stated"
+  return f"{sets.BUILDERS[name].title}, {sets.BUILDERS[name].terms_of_use}"
 
 
 def _rounded(value: Any) -> str:

@@ -20,12 +20,12 @@ import tqdm
 
 from kdseg.data import archives
 from kdseg.data import pipeline
+from kdseg.data import sets
 from kdseg.deploy import artefacts
 from kdseg.deploy import models
 from kdseg.deploy import segmenter
 from kdseg.deploy import weights
 from kdseg.evaluation import metrics
-from kdseg.experiment import config as config_lib
 from kdseg.report import scores
 from kdseg.runtime import checkpoint
 from kdseg.runtime import files
@@ -131,8 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
   parser.add_argument(
     "--tests",
     nargs="+",
-    choices=tuple(config_lib.TEST_NAMES),
-    default=["isic2016", "ph2"],
+    choices=tuple(sets.BUILDERS),
+    default=[name for name, b in sets.BUILDERS.items() if b.official],
   )
   parser.add_argument("--manual-dir", help="folder of the official archives")
   parser.add_argument("--data-dir", help="where prepared data sets lie")
@@ -151,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         data_dir=options.data_dir,
         manual_dir=options.manual_dir,
       )
-      dataset = config_lib.TEST_NAMES[name]
+      dataset = sets.BUILDERS[name].test_name
       coverage[dataset] = arrays.coverage
       for path in paths:
         rows += score(models.load(path), arrays, dataset, path.name)

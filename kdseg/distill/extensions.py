@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 
+from kdseg.data import builder
+
 Array = jax.Array
 
 
@@ -27,6 +29,7 @@ class Extensions:
       features; `radius` in pixels.
     students: (axis_name=..., **options) -> Flax module with the contract of
       `kdseg.networks`.
+    data_sets: subclasses of `data.builder.PairBuilder`, by their `name`.
   """
 
   terms: Mapping[str, Callable[[Any, Any, Array, Array], Array]] = (
@@ -36,5 +39,8 @@ class Extensions:
     default_factory=dict
   )
   students: Mapping[str, Callable[..., Any]] = dataclasses.field(
+    default_factory=dict
+  )
+  data_sets: Mapping[str, type[builder.PairBuilder]] = dataclasses.field(
     default_factory=dict
   )

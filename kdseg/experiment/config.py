@@ -13,6 +13,7 @@ import ml_collections
 
 from kdseg import networks
 from kdseg.data import augment as augment_lib
+from kdseg.data import sets
 from kdseg.distill import extensions as extensions_lib
 from kdseg.distill import objective
 from kdseg.evaluation import evaluate
@@ -23,12 +24,7 @@ from kdseg.runtime import names as names_lib
 from kdseg.training import stage
 
 # What a data set's test split is called in scores.csv.
-TEST_NAMES = {
-  "isic2016": "isic2016_test",
-  "ph2": "ph2",
-  "synthetic": "synthetic_test",
-  "folder": "folder",
-}
+TEST_NAMES = {name: b.test_name for name, b in sets.BUILDERS.items()}
 
 # Among the tests of a config: the images that choose, for a search of settings
 # that leaves the test sets alone.

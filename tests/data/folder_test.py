@@ -6,7 +6,8 @@ import pytest
 import tensorflow_datasets as tfds
 import tiny_archives as tiny
 
-from kdseg.data import pipeline
+from kdseg.data import loading
+from kdseg.data import prepare
 from kdseg.data.archives import DataError
 from kdseg.data.sets import folder
 
@@ -67,7 +68,7 @@ def test_formats_endings_and_nested_folders_match_by_stem(tmp_path):
 
 def test_own_data_load_like_any_other(tmp_path, make_folder):
   make_folder(tmp_path / "own data", NAMES)
-  arrays = pipeline.load(
+  arrays = loading.load(
     "folder",
     "test",
     size=8,
@@ -84,9 +85,9 @@ def test_own_data_load_like_any_other(tmp_path, make_folder):
 def test_a_changed_folder_is_prepared_anew(tmp_path, make_folder):
   own = make_folder(tmp_path / "own", NAMES[:30])
   kwargs = {"size": 8, "data_dir": tmp_path / "data", "manual_dir": own}
-  before = pipeline.load("folder", "train", **kwargs)
+  before = loading.load("folder", "train", **kwargs)
   make_folder(own, NAMES)
-  after = pipeline.load("folder", "train", **kwargs)
+  after = loading.load("folder", "train", **kwargs)
   assert len(before) < len(after)
 
 
@@ -94,7 +95,7 @@ def test_a_pair_in_another_split_and_a_mask_drawn_anew_are_noticed(
   tmp_path, make_folder
 ):
   def load(split):
-    return pipeline.load(
+    return loading.load(
       "folder", split, size=32, data_dir=tmp_path / "data",
       manual_dir=tmp_path / "own",
     )  # fmt: skip
@@ -132,7 +133,7 @@ def test_a_split_that_the_hash_left_empty_is_said(tmp_path, make_folder):
   [note] = found.notes
   assert note.startswith("no pair is for validation or test.")
   with pytest.raises(DataError, match="divide them yourself, as train/"):
-    pipeline.load(
+    loading.load(
       "folder", "validation", size=32, data_dir=tmp_path / "data",
       manual_dir=tmp_path / "own",
     )  # fmt: skip
@@ -146,7 +147,7 @@ def test_an_image_that_exif_turns_is_refused(tmp_path, make_folder):
     exif[0x0112] = 3
     image.save(path, exif=exif)
   with pytest.raises(DataError, match=r"lesion_7\.\w+ is stored turned"):
-    pipeline.load(
+    loading.load(
       "folder", "train", size=32, data_dir=tmp_path / "data",
       manual_dir=tmp_path / "own",
     )  # fmt: skip
@@ -156,7 +157,7 @@ def test_an_image_that_exif_turns_is_refused(tmp_path, make_folder):
   if path.suffix != ".png":
     path.unlink()
   with pytest.raises(DataError, match=r"lesion_7\.png has damaged EXIF"):
-    pipeline.load(
+    loading.load(
       "folder", "train", size=32, data_dir=tmp_path / "data",
       manual_dir=tmp_path / "own",
     )  # fmt: skip
@@ -184,14 +185,14 @@ def test_a_folder_of_another_form_says_which_form_it_should_have(tmp_path):
 
 def test_no_folder_says_what_to_pass(tmp_path):
   with pytest.raises(DataError, match=r"images/ and masks/.*as manual_dir"):
-    pipeline.prepare("folder", data_dir=tmp_path)
+    prepare.prepare("folder", data_dir=tmp_path)
 
 
 def test_an_empty_folder_is_refused(tmp_path, make_folder):
   for kind in ("images", "masks"):
     (tmp_path / "own" / kind).mkdir(parents=True)
   with pytest.raises(DataError, match="no pair of image and mask"):
-    pipeline.prepare(
+    prepare.prepare(
       "folder", data_dir=tmp_path / "data", manual_dir=tmp_path / "own"
     )
 
@@ -211,7 +212,7 @@ def test_a_folder_with_a_problem_is_not_prepared(tmp_path, make_folder):
   own = make_folder(tmp_path / "own", NAMES)
   (own / "masks" / "lesion_7.png").unlink()
   with pytest.raises(DataError, match="lesion_7: no mask"):
-    pipeline.prepare("folder", data_dir=tmp_path / "data", manual_dir=own)
+    prepare.prepare("folder", data_dir=tmp_path / "data", manual_dir=own)
   left = [path for path in (tmp_path / "data").rglob("*") if path.is_file()]
   assert left == []
 
@@ -261,7 +262,7 @@ def test_a_bomb_among_own_data_is_named_and_leaves_nothing(
   with pytest.raises(
     DataError, match=rf"{kind}/lesion_1\.png claims 12000x12000 pixels"
   ):
-    pipeline.prepare("folder", data_dir=tmp_path / "data", manual_dir=own)
+    prepare.prepare("folder", data_dir=tmp_path / "data", manual_dir=own)
   left = [path for path in (tmp_path / "data").rglob("*") if path.is_file()]
   assert left == []
 
@@ -271,7 +272,7 @@ def test_ids_that_would_be_formulas_or_markup_come_back_as_they_were(
 ):
   names = ["=cmd()", "+1", "-1", "@x", "a,b", '"q"', "a|b`c", "<script>"]
   make_folder(tmp_path / "own" / "train", names)
-  arrays = pipeline.load(
+  arrays = loading.load(
     "folder",
     "train",
     size=8,

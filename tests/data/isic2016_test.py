@@ -9,8 +9,9 @@ import pytest
 import tensorflow_datasets as tfds
 import tiny_archives as tiny
 
+from kdseg.data import loading
 from kdseg.data import pairs
-from kdseg.data import pipeline
+from kdseg.data import prepare
 from kdseg.data.archives import DataError
 from kdseg.data.sets import isic2016
 
@@ -174,7 +175,7 @@ def prepared(tmp_path_factory, _isic_files) -> pathlib.Path:
   """The data_dir of the tiny archives, prepared once."""
   root = tmp_path_factory.mktemp("isic")
   manual_dir = tiny.IsicParts(_isic_files).write(root / "manual")
-  pipeline.prepare("isic2016", data_dir=root / "data", manual_dir=manual_dir)
+  prepare.prepare("isic2016", data_dir=root / "data", manual_dir=manual_dir)
   return root
 
 
@@ -207,9 +208,7 @@ def test_prepared_jpegs_keep_their_bytes(prepared, isic):
 
 
 def test_arrays_carry_counts_exclusions_and_native_masks(prepared):
-  arrays = pipeline.load(
-    "isic2016", "train", size=6, data_dir=prepared / "data"
-  )
+  arrays = loading.load("isic2016", "train", size=6, data_dir=prepared / "data")
   assert arrays.coverage == "31 of 900"
   assert arrays.excluded == ("ISIC_0001184",)
   assert arrays.image.shape == (len(arrays), 6, 6, 3)
@@ -231,8 +230,8 @@ def _train_ids(builder) -> list[bytes]:
 
 def test_records_with_duplicates_lie_apart(prepared):
   kwargs = {"data_dir": prepared / "data", "manual_dir": prepared / "manual"}
-  without = pipeline.prepare("isic2016", **kwargs)
-  with_them = pipeline.prepare("isic2016", duplicates="include", **kwargs)
+  without = prepare.prepare("isic2016", **kwargs)
+  with_them = prepare.prepare("isic2016", duplicates="include", **kwargs)
   assert without.data_dir != with_them.data_dir
   assert len(_train_ids(with_them)) == len(_train_ids(without)) + 1
 
@@ -243,7 +242,7 @@ def test_other_archives_than_those_prepared_are_refused(
   del isic.files["train_image"][isic.path("train_image", "ISIC_0090001")]
   other = isic.write(tmp_path)
   with pytest.raises(DataError, match=r"prepared from other files .*Delete"):
-    pipeline.prepare("isic2016", data_dir=prepared / "data", manual_dir=other)
+    prepare.prepare("isic2016", data_dir=prepared / "data", manual_dir=other)
 
 
 FAULTS = {
@@ -282,7 +281,7 @@ def test_a_bad_file_gives_one_error_and_leaves_nothing(tmp_path, isic, fault):
   isic.files[part][path] = spoil(isic.files[part][path])
   # The training split is written first, so there is something to leave.
   with pytest.raises(DataError, match=message) as caught:
-    pipeline.prepare(
+    prepare.prepare(
       "isic2016",
       data_dir=tmp_path / "data",
       manual_dir=isic.write(tmp_path / "manual"),
@@ -296,7 +295,7 @@ def test_grey_masks_are_taken_when_asked_and_lie_apart(tmp_path, isic):
   part, spoil, _ = FAULTS["grey mask"]
   path = isic.path(part, "ISIC_0000003")
   isic.files[part][path] = spoil(b"")
-  arrays = pipeline.load(
+  arrays = loading.load(
     "isic2016",
     "test",
     size=8,
@@ -305,8 +304,8 @@ def test_grey_masks_are_taken_when_asked_and_lie_apart(tmp_path, isic):
     grey_masks="threshold",
   )
   assert arrays.native_mask(0).all()
-  assert not pipeline.is_prepared(
-    pipeline.make_builder("isic2016", data_dir=tmp_path / "data")
+  assert not prepare.is_prepared(
+    prepare.make_builder("isic2016", data_dir=tmp_path / "data")
   )
 
 
@@ -332,7 +331,7 @@ def server(tmp_path, isic, monkeypatch):
 
 def test_archives_are_downloaded_and_their_checksums_recorded(tmp_path, server):
   data_dir = tmp_path / "data"
-  arrays = pipeline.load("isic2016", "test", size=8, data_dir=data_dir)
+  arrays = loading.load("isic2016", "test", size=8, data_dir=data_dir)
   assert len(arrays) == 379
   (record,) = data_dir.rglob("isic2016_checksums.json")
   assert json.loads(record.read_text()) == {
@@ -372,14 +371,14 @@ def test_a_named_folder_without_archives_is_never_made_up_for(tmp_path):
   manual_dir.mkdir()
   (manual_dir / "holiday.jpg").write_bytes(b"")
   with pytest.raises(DataError, match="has no ISBI2016_ISIC_Part1_Training_D"):
-    pipeline.prepare(
+    prepare.prepare(
       "isic2016", data_dir=tmp_path / "data", manual_dir=manual_dir
     )
 
 
 def test_a_manual_dir_that_is_not_there_is_named(tmp_path):
   with pytest.raises(DataError, match="nowhere is no folder"):
-    pipeline.prepare(
+    prepare.prepare(
       "isic2016", data_dir=tmp_path, manual_dir=tmp_path / "nowhere"
     )
 

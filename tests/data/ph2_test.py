@@ -4,7 +4,7 @@ import tensorflow_datasets as tfds
 import tiny_archives as tiny
 
 from kdseg.data import pairs
-from kdseg.data import pipeline
+from kdseg.data import prepare
 from kdseg.data.archives import DataError
 from kdseg.data.sets import ph2
 
@@ -53,7 +53,7 @@ def test_the_unpacked_folder_is_found_from_above_and_from_within(
   tmp_path, ph2_files, inside
 ):
   tiny.write_folder(tmp_path, ph2_files)
-  found = ph2.take_inventory(ph2.find_source(tmp_path / inside))
+  found = ph2.Ph2(data_dir=tmp_path).inventory(tmp_path / inside)
   found.check()
   assert len(found.splits["test"]) == 200
 
@@ -89,7 +89,7 @@ def test_records_keep_pixels_diagnosis_and_odd_masks(tmp_path, ph2_files):
   wide = np.repeat(tiny.lesion(2)[..., None], 3, -1).astype(np.uint8) * 255
   ph2_files[_lesion("IMD002")] = tiny.encode(wide, "BMP")
   tiny.write_zip(tmp_path / "PH2Dataset.zip", ph2_files)
-  pipeline.prepare("ph2", data_dir=tmp_path / "data", manual_dir=tmp_path)
+  prepare.prepare("ph2", data_dir=tmp_path / "data", manual_dir=tmp_path)
   source = tfds.builder("ph2", data_dir=tmp_path / "data").as_data_source(
     "test"
   )
@@ -105,17 +105,17 @@ def test_records_keep_pixels_diagnosis_and_odd_masks(tmp_path, ph2_files):
 def test_the_rar_as_it_is_downloaded_is_refused_with_the_command(tmp_path):
   (tmp_path / "PH2Dataset.rar").write_bytes(b"Rar!")
   with pytest.raises(DataError, match=r"unrar x '.*PH2Dataset\.rar'"):
-    ph2.find_source(tmp_path)
+    ph2.Ph2(data_dir=tmp_path).inventory(tmp_path)
 
 
 def test_an_empty_folder_says_where_ph2_comes_from(tmp_path):
   with pytest.raises(DataError, match=r"has no PH2Dataset.*fc\.up\.pt"):
-    ph2.find_source(tmp_path)
+    ph2.Ph2(data_dir=tmp_path).inventory(tmp_path)
 
 
 def test_without_manual_dir_it_says_what_to_download(tmp_path):
   with pytest.raises(DataError, match=r"PH2Dataset\.rar from https"):
-    pipeline.prepare("ph2", data_dir=tmp_path)
+    prepare.prepare("ph2", data_dir=tmp_path)
 
 
 def test_another_archive_under_the_name_is_named(tmp_path):

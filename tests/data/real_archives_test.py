@@ -4,8 +4,8 @@ import os
 
 import pytest
 
+from kdseg.data import loading
 from kdseg.data import pairs
-from kdseg.data import pipeline
 from kdseg.data import verify
 from kdseg.data.sets import ph2
 
@@ -22,7 +22,7 @@ def data_dir(tmp_path_factory):
 
 
 def _load(name, split, data_dir):
-  return pipeline.load(
+  return loading.load(
     name, split, size=64, data_dir=data_dir, manual_dir=DIRECTORY
   )
 

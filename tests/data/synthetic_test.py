@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from kdseg.data import loading
 from kdseg.data import pairs
-from kdseg.data import pipeline
 from kdseg.data.sets import synthetic
 
 SMALL = {"train": 3, "validation": 2, "test": 2, "image_size": 32}
@@ -115,7 +115,7 @@ def test_too_few_images_or_pixels_are_refused(options):
 
 def test_it_is_a_tfds_builder_whose_options_lie_apart(tmp_path):
   kwargs = {**SMALL, "data_dir": tmp_path}
-  arrays = pipeline.load("synthetic", "train", size=32, **kwargs)
+  arrays = loading.load("synthetic", "train", size=32, **kwargs)
   assert arrays.image.shape == (3, 32, 32, 3)
   assert arrays.coverage == "3 of 3"
   builder = tfds.builder("synthetic", **kwargs)

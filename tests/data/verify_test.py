@@ -4,7 +4,7 @@ import pytest
 import tiny_archives as tiny
 
 from kdseg.data import __main__ as command
-from kdseg.data import pipeline
+from kdseg.data import prepare
 from kdseg.data import verify
 from kdseg.data.archives import DataError
 from kdseg.data.sets import synthetic
@@ -164,7 +164,7 @@ def test_prepared_records_are_verified_without_their_source(tmp_path, isic):
   kwargs = {"data_dir": tmp_path / "data"}
   with pytest.raises(DataError, match=r"not prepared in .*isic2016"):
     verify.verify("isic2016", **kwargs)
-  pipeline.prepare("isic2016", manual_dir=manual_dir, **kwargs)
+  prepare.prepare("isic2016", manual_dir=manual_dir, **kwargs)
   from_records = verify.verify("isic2016", **kwargs)
   for field in ("counts", "found", "excluded", "sizes", "touching", "alike"):
     assert getattr(from_records, field) == getattr(from_files, field)
@@ -208,8 +208,8 @@ def test_prepare_prepares_and_says_what_it_found(tmp_path, isic, capsys):
   assert command.main(arguments) == 0
   printed = capsys.readouterr().out
   assert "31 of 900 official pairs found" in printed
-  assert pipeline.is_prepared(
-    pipeline.make_builder("isic2016", data_dir=tmp_path / "data")
+  assert prepare.is_prepared(
+    prepare.make_builder("isic2016", data_dir=tmp_path / "data")
   )
 
 

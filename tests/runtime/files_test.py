@@ -17,7 +17,7 @@ import tiny_model
 
 from kdseg import networks
 from kdseg import predict
-from kdseg.data import pipeline
+from kdseg.data import prepare
 from kdseg.deploy import export
 from kdseg.deploy import models
 from kdseg.deploy.page import site
@@ -149,7 +149,7 @@ def write_masks(folder, seed):
 
 def write_data(folder, seed):
   counts = {"train": 1, "validation": 1, "test": 1, "image_size": 32}
-  pipeline.prepare("synthetic", data_dir=folder, seed=seed, **counts)
+  prepare.prepare("synthetic", data_dir=folder, seed=seed, **counts)
   return folder
 
 

@@ -39,7 +39,9 @@ _MASK_ENDING = re.compile(r"_(?:mask|segmentation|lesion)$", re.IGNORECASE)
 class Folder(builder.PairBuilder):
   """tfds builder `folder`; splits as the folder has them, or by a hash."""
 
-  name = "folder"
+  name = test_name = "folder"
+  title = "pictures of its maker's own"
+  terms_of_use = "under terms of their own"
   MANUAL_DOWNLOAD_INSTRUCTIONS = (
     "Pass a folder with images/ and masks/ (or train/, validation/ and test/"
     " with those inside) as manual_dir."
@@ -65,6 +67,11 @@ class Folder(builder.PairBuilder):
     directory = pathlib.Path(self._directory).expanduser().resolve()
     stem = re.sub(r"[^A-Za-z0-9]+", "_", directory.name).strip("_") or "root"
     return {stem: take_inventory(directory).stamp, **super().options()}
+
+  @classmethod
+  def options_from(cls, manual_dir: pathlib.Path | None) -> dict[str, Any]:
+    """See base class."""
+    return {"directory": str(manual_dir) if manual_dir else ""}
 
   def describe_splits(self) -> str:
     """See base class."""

@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import re
+import types
 from typing import Any
 
 from kdseg.data import archives
@@ -79,6 +80,13 @@ class Isic2016(builder.PairBuilder):
   """
 
   name = "isic2016"
+  title = "ISIC-2016 part 1 (Gutman et al. 2016)"
+  test_name = "isic2016_test"
+  official = True
+  official_counts = types.MappingProxyType(
+    {"train": TRAIN_COUNT, "validation": TRAIN_COUNT, "test": TEST_COUNT}
+  )
+  terms_of_use = "CC0"
   MANUAL_DOWNLOAD_INSTRUCTIONS = (
     "Optional. A folder with the four official archives (zip, or unpacked to"
     " folders of the same names): "
@@ -121,6 +129,11 @@ class Isic2016(builder.PairBuilder):
     """See base class."""
     mine = {} if self._duplicates == "exclude" else {"duplicates": "include"}
     return {**mine, **super().options()}
+
+  @classmethod
+  def find_sources(cls, manual_dir: pathlib.Path) -> tuple[pathlib.Path, ...]:
+    """See base class."""
+    return tuple(find_sources(manual_dir).values())
 
   def inventory(
     self,
@@ -217,11 +230,7 @@ def take_inventory(
   splits = {**pairs.hold_out(kept), "test": tuple(test)}
   return Inventory(
     splits={name: found for name, found in splits.items() if found},
-    official={
-      "train": TRAIN_COUNT,
-      "validation": TRAIN_COUNT,
-      "test": TEST_COUNT,
-    },
+    official=Isic2016.official_counts,
     found={"train": len(train), "validation": len(train), "test": len(test)},
     excluded=excluded,
     problems=tuple(problems),

@@ -7,6 +7,7 @@ and may not be passed on.
 
 import pathlib
 import re
+import types
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -55,7 +56,11 @@ class Ph2(builder.PairBuilder):
   empty where `PH2_dataset.txt` is not there or does not list the image.
   """
 
-  name = "ph2"
+  name = test_name = "ph2"
+  title = "PH2 (Mendonca et al. 2013)"
+  official = True
+  official_counts = types.MappingProxyType({"test": COUNT})
+  terms_of_use = "for research and benchmarking only"
   MANUAL_DOWNLOAD_INSTRUCTIONS = (
     f"Download PH2Dataset.rar from {HOMEPAGE}, unpack it"
     " (`unrar x PH2Dataset.rar`), and pass the folder that holds the folder"
@@ -84,6 +89,23 @@ class Ph2(builder.PairBuilder):
     """See base class."""
     return {"diagnosis": pair.diagnosis}
 
+  @classmethod
+  def find_sources(cls, manual_dir: pathlib.Path) -> tuple[pathlib.Path, ...]:
+    """See base class."""
+    for candidate in (
+      manual_dir / "PH2Dataset.zip",
+      manual_dir / "PH2Dataset",
+      manual_dir / "PH2 Dataset images",
+    ):
+      if candidate.exists():
+        # The table lies beside the images' folder.
+        is_images = candidate.name == "PH2 Dataset images"
+        return (manual_dir if is_images else candidate,)
+    for path in sorted(manual_dir.glob("*")):
+      if path.name.lower() == "ph2dataset.rar":
+        archives.list_files(path)  # says how to unpack it
+    return ()
+
   def inventory(
     self,
     manual_dir: pathlib.Path | None,
@@ -93,35 +115,12 @@ class Ph2(builder.PairBuilder):
     del download  # the licence wants a visit to the page
     if manual_dir is None:
       raise DataError(f"{self.name}: {self.MANUAL_DOWNLOAD_INSTRUCTIONS}")
-    return take_inventory(find_source(manual_dir))
-
-
-def find_source(manual_dir: pathlib.Path) -> pathlib.Path:
-  """The zip or folder of PH2 in a folder, or the folder itself.
-
-  Raises:
-    DataError: if it is not there, or only as a RAR.
-  """
-  for candidate in (
-    manual_dir / "PH2Dataset.zip",
-    manual_dir / "PH2Dataset",
-    manual_dir / "PH2 Dataset images",
-  ):
-    if candidate.exists():
-      # The table lies beside the images' folder.
-      is_images = candidate.name == "PH2 Dataset images"
-      return manual_dir if is_images else candidate
-  rars = sorted(
-    path
-    for path in manual_dir.glob("*")
-    if path.name.lower() == "ph2dataset.rar"
-  )
-  if rars:
-    archives.list_files(rars[0])  # says how to unpack it
-  raise DataError(
-    f"{manual_dir} has no PH2Dataset (folder or .zip). "
-    + Ph2.MANUAL_DOWNLOAD_INSTRUCTIONS
-  )
+    for source in self.find_sources(manual_dir):
+      return take_inventory(source)
+    raise DataError(
+      f"{manual_dir} has no PH2Dataset (folder or .zip). "
+      + self.MANUAL_DOWNLOAD_INSTRUCTIONS
+    )
 
 
 def take_inventory(source: pathlib.Path) -> Inventory:
@@ -184,7 +183,7 @@ def take_inventory(source: pathlib.Path) -> Inventory:
   known = sum(bool(pair.diagnosis) for pair in found)
   return Inventory(
     splits={"test": found} if found else {},
-    official={"test": COUNT},
+    official=Ph2.official_counts,
     found={"test": len(found)},
     problems=tuple(problems),
     notes=(f"{known} of {len(found)} images have a diagnosis.",),

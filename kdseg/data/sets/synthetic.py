@@ -37,6 +37,9 @@ class Synthetic(builder.PairBuilder):
   """tfds builder `synthetic`; splits train, validation and test."""
 
   name = "synthetic"
+  title = "drawn lesions"
+  test_name = "synthetic_test"
+  terms_of_use = "made by this package"
   description = "Drawn skin lesions with masks, for tests and the quickstart."
 
   def __init__(
