@@ -1,6 +1,6 @@
 """Segments images with a trained network.
 
-  python -m kdseg.predict MODEL IMAGES... --out DIR
+  kdseg predict MODEL IMAGES... --out DIR
 
 MODEL is a shipped model (isic2016-student), a file of weights, the folder of an
 arm in a workdir, or a file of `kdseg.deploy.export`; IMAGES are files, folders
@@ -11,7 +11,6 @@ exit code is then 1. Ctrl-C keeps what was done, and its rows; the exit code is
 then 130. Research software, not a medical device.
 """
 
-import argparse
 from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
@@ -33,6 +32,7 @@ from kdseg.deploy import segmenter
 from kdseg.deploy import weights
 from kdseg.report import overlays
 from kdseg.report import scores
+from kdseg.runtime import commands
 from kdseg.runtime import files
 
 COLUMNS = (
@@ -182,11 +182,7 @@ def _say(text: str, stream: TextIO) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """Runs the command line; returns its exit code."""
-  parser = argparse.ArgumentParser(
-    prog="python -m kdseg.predict",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+  parser = commands.Parser("predict", __doc__)
   parser.add_argument("model", metavar="MODEL")
   parser.add_argument("images", metavar="IMAGES", nargs="+")
   parser.add_argument("--out", required=True, help="folder for the results")

@@ -1,7 +1,7 @@
 """Checks and prepares data sets from the command line.
 
-    python -m kdseg.data verify isic2016 --manual_dir ARCHIVES
-    python -m kdseg.data prepare ph2 --manual_dir ARCHIVES --data_dir PREPARED
+  kdseg data verify isic2016 --manual-dir ARCHIVES
+  kdseg data prepare ph2 --manual-dir ARCHIVES --data-dir PREPARED
 
 `verify` writes nothing and ends with status 1 if the data set cannot be used.
 """
@@ -16,6 +16,7 @@ from kdseg.data import sets
 from kdseg.data import verify
 from kdseg.data.archives import DataError
 from kdseg.data.sets import isic2016
+from kdseg.runtime import commands
 from kdseg.runtime import files
 
 
@@ -62,19 +63,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
-    prog="python -m kdseg.data",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+  parser = commands.Parser("data", __doc__)
   parser.add_argument("command", choices=("verify", "prepare"))
   parser.add_argument("name", choices=tuple(sets.BUILDERS))
   parser.add_argument(
-    "--manual_dir", help="the official archives, or the folder of `folder`"
+    "--manual-dir", help="the official archives, or the folder of `folder`"
   )
-  parser.add_argument("--data_dir", help="where prepared data sets lie")
+  parser.add_argument("--data-dir", help="where prepared data sets lie")
   parser.add_argument(
-    "--grey_masks",
+    "--grey-masks",
     choices=pairs.GREY_MASKS,
     default="error",
     help="what to do with masks that have values between 0 and 255",

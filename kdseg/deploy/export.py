@@ -1,8 +1,8 @@
 """Writes a trained network in the forms that run elsewhere, and checks them.
 
-  python -m kdseg.deploy.export MODEL --out DIR [--forms onnx litert stablehlo]
+  kdseg export MODEL --out DIR [--forms onnx litert stablehlo]
       [--calibration IMAGES...]
-  python -m kdseg.deploy.export WORKDIR --arm NAME [--seed 0] --out DIR
+  kdseg export WORKDIR --arm NAME [--seed 0] --out DIR
 
 MODEL is a shipped model, a file of weights or the folder of an arm. Into DIR go
 
@@ -21,10 +21,9 @@ Input is uint8 [batch, S, S, 3], RGB; output the probability of lesion, float32
 [batch, S, S]. Normalisation is inside the graph. A form that strays by more
 than 1e-4 is not written: the command stops and names it. int8 forms stray
 more; how far, and whether they are smaller and faster here, is said.
-`python -m kdseg.deploy.score DIR` tells what each form scores on a data set.
+`kdseg score DIR` tells what each form scores on a data set.
 """
 
-import argparse
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
@@ -55,6 +54,7 @@ from kdseg.deploy.formats import jaxpr
 from kdseg.deploy.formats import litert
 from kdseg.deploy.formats import onnx
 from kdseg.runtime import checkpoint
+from kdseg.runtime import commands
 from kdseg.runtime import files
 from kdseg.runtime import names as names_lib
 from kdseg.training import step as step_lib
@@ -455,11 +455,7 @@ def _rounded(value: Any) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """Runs the command line; returns its exit code."""
-  parser = argparse.ArgumentParser(
-    prog="python -m kdseg.deploy.export",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+  parser = commands.Parser("export", __doc__)
   parser.add_argument("model", metavar="MODEL")
   parser.add_argument("--arm", help="of the workdir MODEL, as in scores.csv")
   parser.add_argument("--seed", type=int, default=0, help="of the arm")

@@ -1,6 +1,6 @@
 """Scores every form of a network on test sets, file by file.
 
-  python -m kdseg.deploy.score DIR --manual-dir FOLDER [--tests isic2016 ph2]
+  kdseg score DIR --manual-dir FOLDER [--tests isic2016 ph2]
 
 DIR was written by `kdseg.deploy.export`; FOLDER holds the official archives.
 Every form runs in its own runtime, on the images and with the metrics of a
@@ -8,7 +8,6 @@ run. Writes scores.csv (a row an image and form, as in a workdir), SCORES.json
 and SCORES.md, and says how far each form's Dice is from that of the weights.
 """
 
-import argparse
 from collections.abc import Mapping
 from collections.abc import Sequence
 import pathlib
@@ -28,6 +27,7 @@ from kdseg.deploy import weights
 from kdseg.evaluation import metrics
 from kdseg.report import scores
 from kdseg.runtime import checkpoint
+from kdseg.runtime import commands
 from kdseg.runtime import files
 
 REFERENCE = "weights.safetensors"
@@ -122,11 +122,7 @@ def make_table(
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """Runs the command line; returns its exit code."""
-  parser = argparse.ArgumentParser(
-    prog="python -m kdseg.deploy.score",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+  parser = commands.Parser("score", __doc__)
   parser.add_argument("folder", metavar="DIR", type=pathlib.Path)
   parser.add_argument(
     "--tests",

@@ -1,12 +1,11 @@
 """One network in one file: safetensors, with what is needed to run it.
 
-  python -m kdseg.deploy.weights WORKDIR --arm NAME --out FILE [--seed 0]
+  kdseg weights WORKDIR --arm NAME --out FILE [--seed 0]
 
 writes a finished arm (or teacher) of a workdir. The layers that distillation
 trained along are not among a student's weights, so they are not in the file.
 """
 
-import argparse
 from collections.abc import Mapping
 import json
 import pathlib
@@ -21,6 +20,7 @@ import safetensors.numpy
 from kdseg.evaluation import statistics
 from kdseg.report import scores
 from kdseg.runtime import checkpoint
+from kdseg.runtime import commands
 from kdseg.runtime import files
 
 Tree = Any
@@ -266,10 +266,7 @@ def _interval(rows: list[scores.Row], metric: str) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
   """Writes the file that the arguments name."""
-  parser = argparse.ArgumentParser(
-    prog="python -m kdseg.deploy.weights",
-    description="Writes a finished network of a workdir to one file.",
-  )
+  parser = commands.Parser("weights", __doc__)
   parser.add_argument("workdir")
   parser.add_argument("--arm", required=True, help="as in scores.csv")
   parser.add_argument("--seed", type=int, default=0)

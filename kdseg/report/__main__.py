@@ -1,10 +1,9 @@
 """Rebuilds the tables of one finished folder, or of several together.
 
-python -m kdseg.report runs/isic2016
-python -m kdseg.report runs/seed0 runs/seed1 --out results
+kdseg report runs/isic2016
+kdseg report runs/seed0 runs/seed1 --out results
 """
 
-import argparse
 from collections.abc import Sequence
 import json
 import pathlib
@@ -14,6 +13,7 @@ from typing import Any
 from kdseg.report import scores
 from kdseg.report import summary
 from kdseg.report import tables
+from kdseg.runtime import commands
 from kdseg.runtime import files
 
 
@@ -30,9 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   Returns:
     0, or 1 after an error, which is printed.
   """
-  parser = argparse.ArgumentParser(
-    prog="python -m kdseg.report", description=__doc__.splitlines()[0]
-  )
+  parser = commands.Parser("report", __doc__)
   parser.add_argument(
     "workdir",
     nargs="+",

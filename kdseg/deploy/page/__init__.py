@@ -1,6 +1,6 @@
 """Writes a page that outlines lesions in the browser, as a static folder.
 
-  python -m kdseg.deploy.page DIR --model isic2016-student
+  kdseg page DIR --model isic2016-student
 
 MODEL is a folder that `kdseg.deploy.export` wrote, or whatever it takes (then
 it runs first). A `model.int8.onnx` in that folder, or --int8 FILE, gives the
@@ -13,7 +13,6 @@ hash, and kept in the user's cache (XDG_CACHE_HOME, or ~/.cache); --runtime
 takes the package from a file instead. Research software, not a medical device.
 """
 
-import argparse
 from collections.abc import Sequence
 import pathlib
 import sys
@@ -26,6 +25,7 @@ from kdseg.deploy.formats import jaxpr
 from kdseg.deploy.page import runtime
 from kdseg.deploy.page import site
 from kdseg.runtime import checkpoint
+from kdseg.runtime import commands
 
 
 def _export_folder(name: str, scratch: pathlib.Path) -> pathlib.Path:
@@ -42,11 +42,7 @@ def _export_folder(name: str, scratch: pathlib.Path) -> pathlib.Path:
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """Runs the command line; returns its exit code."""
-  parser = argparse.ArgumentParser(
-    prog="python -m kdseg.deploy.page",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+  parser = commands.Parser("page", __doc__)
   parser.add_argument("out", metavar="DIR")
   parser.add_argument(
     "--model",
