@@ -134,17 +134,25 @@ def check_archives(folder: pathlib.Path) -> Iterator[Finding]:
     folder: a data.manual_dir.
   """
   from kdseg.data import archives
-  from kdseg.data import pipeline
+  from kdseg.data import sets
 
   folder = folder.expanduser()
   if not folder.is_dir():
     yield problem(f"{folder} is no folder", "choose another --manual-dir")
     return
-  for name in ("isic2016", "ph2"):
+  for name, builder in sets.BUILDERS.items():
+    if not builder.official:
+      continue
     try:
-      inventory = pipeline.make_builder(name).inventory(folder)
+      if not builder.find_sources(folder):
+        yield warning(
+          f"{name}: not in {folder}", builder.MANUAL_DOWNLOAD_INSTRUCTIONS
+        )
+        continue
+      # A data_dir in which nothing is prepared, and nothing is read.
+      inventory = builder(data_dir=str(folder)).inventory(folder)
     except archives.DataError as error:
-      yield warning(f"{name}: {one_line(error)}")
+      yield problem(f"{name}: {one_line(error)}")
       continue
     verify = f"kdseg data verify {name} --manual-dir '{folder}'"
     if problems := inventory.problems:

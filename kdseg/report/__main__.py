@@ -1,7 +1,9 @@
-"""Rebuilds the tables of one finished folder, or of several together.
+"""Makes the tables of one finished folder, or of several together.
 
-kdseg report runs/isic2016
-kdseg report runs/seed0 runs/seed1 --out results
+  kdseg report runs/isic2016
+  kdseg report runs/seed0 runs/seed1 --out results
+
+A folder is a workdir, or an --out of this command.
 """
 
 from collections.abc import Sequence

@@ -254,9 +254,15 @@ def test_a_part_to_train_on_is_a_warning_a_part_to_test_on_a_problem(tmp_path):
   assert ph2.IDS[0] in test.text
 
 
-def test_archives_that_are_missing_are_a_warning_no_folder_a_problem(tmp_path):
-  missing = list(installation.check_archives(tmp_path))
+def test_archives_that_are_missing_are_a_warning_damaged_ones_a_problem(
+  tmp_path,
+):
+  missing = installation.check_archives(tmp_path)
   assert [x.level for x in missing] == [WARNING, WARNING]
+  (tmp_path / "PH2Dataset.zip").write_text("cut off")
+  (tmp_path / f"{isic2016.ARCHIVES['train_image']}.zip").touch()
+  damaged = installation.check_archives(tmp_path)
+  assert [x.level for x in damaged] == [PROBLEM, PROBLEM]
   assert only(installation.check_archives(tmp_path / "gone")).level == PROBLEM
 
 
