@@ -32,9 +32,10 @@ from kdseg.training import batches as batches_lib
 from kdseg.runtime import memory
 from kdseg import networks
 from kdseg.distill import objective
-from kdseg.training import stage
-from kdseg.training import step as step_lib
+from kdseg.training import arms as arms_lib
 from kdseg.training import loop
+from kdseg.training import prepare as prepare_lib
+from kdseg.training import settings
 from kdseg.data import pipeline
 
 TAPS = ("decoder_high",)
@@ -83,10 +84,10 @@ def main() -> None:
   options = parser.parse_args()
   memory.keep_freed()
   size, steps = options.size, options.steps
-  at_once = stage.seeds_at_once(options.at_once)
+  at_once = settings.seeds_at_once(options.at_once)
 
   arrays = make_arrays(options.batch * 4, size)
-  run_config = stage.RunConfig(
+  run_config = settings.RunConfig(
     seed=0,
     batch_size=options.batch,
     evaluation_batch_size=options.batch,
@@ -96,13 +97,15 @@ def main() -> None:
     encoder_weights=False,
     log_every=20,
   )
-  training = stage.TrainConfig(epochs=1.0, learning_rate=1e-3)
+  training = settings.TrainConfig(epochs=1.0, learning_rate=1e-3)
   teacher = networks.make_network(options.teacher, axis_name=devices.AXIS)
   weights = networks.make_variables(
     teacher, jax.random.key(0), size=size, weights=False
   )
-  teach = step_lib.make_teach(teacher, TAPS, channels=32)
-  prepare = stage.make_prepare(run_config, teach, weights, oriented=False)
+  teach = prepare_lib.make_teach(teacher, TAPS, channels=32)
+  prepare = prepare_lib.parallel_prepare(
+    run_config, teach, weights, oriented=False
+  )
   batches = batches_lib.make_batches(
     arrays, seed=0, batch_size=options.batch, steps=steps
   )
@@ -110,12 +113,12 @@ def main() -> None:
   method = objective.Method(terms={"mbf": 1.0}, taps=TAPS)
   image = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
   teacher_out = jax.eval_shape(teach, weights, image)
-  distiller, inputs = stage.make_distiller(
+  distiller, inputs = arms_lib.make_distiller(
     student, teacher_out, method, size=size
   )
-  arms = stage.make_arms(
+  arms = arms_lib.make_arms(
     {
-      str(seed): stage.ArmSpec(
+      str(seed): arms_lib.ArmSpec(
         "mbf", student, seed, pathlib.Path(), {}, method, distiller, inputs
       )
       for seed in range(options.arms)
@@ -126,17 +129,18 @@ def main() -> None:
   )
 
   def fit(names: list[str]) -> object:
+    chosen = {name: arms[name] for name in names}
     loop.fit(
-      {name: arms[name] for name in names},
-      batches,
-      stage="benchmark",
-      schedule=loop.Schedule(steps, 2 * steps, 2 * steps),
-      prepare=prepare,
-      validate=lambda name, variables: 0.0,
-      log=lambda record: None,
-      save=lambda step, arms: None,
-      save_bad_batch=lambda name, step, batch_info: None,
-      at_once=at_once,
+      chosen,
+      arms_lib.make_groups(chosen, at_once),
+      lambda first: ((i, prepare(i, x), info) for i, x, info in batches(first)),
+      loop.LoopConfig("benchmark", steps, 2 * steps, 2 * steps),
+      loop.Callbacks(
+        validate=lambda name, variables: 0.0,
+        log=lambda record: None,
+        save=lambda step, arms: None,
+        save_bad_batch=lambda name, step, batch_info: None,
+      ),
     )
     return [arms[name].state.step for name in names]
 
@@ -153,15 +157,11 @@ def main() -> None:
   each = fastest(update, 2 * options.repeats)
   stacked = min(at_once, options.arms)
   if stacked > 1:
-    states = [arms[name].state for name in everyone[:stacked]]
-    several = step_lib.stack_states(states)
-
-    def update_stack() -> object:
-      nonlocal several
-      several, metrics = arms[everyone[0]].step_stacked(several, prepared)
-      return metrics
-
-    in_stack = fastest(update_stack, 2 * options.repeats) / stacked
+    chosen = {name: arms[name] for name in everyone[:stacked]}
+    [group] = arms_lib.make_groups(chosen, stacked)
+    in_stack = (
+      fastest(lambda: group.update(prepared), 2 * options.repeats) / stacked
+    )
   together = fastest(lambda: fit(everyone), options.repeats) / steps
   apart = (
     fastest(lambda: [fit([name]) for name in everyone], options.repeats) / steps

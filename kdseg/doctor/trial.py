@@ -81,7 +81,8 @@ def try_step(size: int) -> Trial:
   from kdseg import networks
   from kdseg.data.sets import synthetic
   from kdseg.runtime import devices
-  from kdseg.training import stage
+  from kdseg.training import arms as arms_lib
+  from kdseg.training import settings
 
   images = 4 * jax.local_device_count()
   generator = np.random.default_rng(0)
@@ -92,14 +93,14 @@ def try_step(size: int) -> Trial:
       "mask": np.stack([mask for _, mask in lesions]).astype(np.float32),
     }
   )
-  spec = stage.ArmSpec(
+  spec = arms_lib.ArmSpec(
     kind="none",
     network=networks.make_network(STUDENT, axis_name=devices.AXIS),
     seed=0,
     destination=pathlib.Path(),
     about={},
   )
-  run_config = stage.RunConfig(
+  run_config = settings.RunConfig(
     seed=0,
     batch_size=images,
     evaluation_batch_size=images,
@@ -109,8 +110,10 @@ def try_step(size: int) -> Trial:
     encoder_weights=False,
     log_every=1,
   )
-  training = stage.TrainConfig(epochs=1.0, learning_rate=1e-3, warmup=0.0)
-  [arm] = stage.make_arms({"student": spec}, run_config, training, 1).values()
+  training = settings.TrainConfig(epochs=1.0, learning_rate=1e-3, warmup=0.0)
+  [arm] = arms_lib.make_arms(
+    {"student": spec}, run_config, training, 1
+  ).values()
   state = jax.device_get(arm.state)
 
   def take() -> tuple[Any, float]:

@@ -21,7 +21,7 @@ from kdseg.experiment import workdir as workdir_lib
 from kdseg.losses import boundary
 from kdseg.runtime import devices
 from kdseg.runtime import names as names_lib
-from kdseg.training import stage
+from kdseg.training import settings
 
 # What a data set's test split is called in scores.csv.
 TEST_NAMES = {name: b.test_name for name, b in sets.BUILDERS.items()}
@@ -84,7 +84,7 @@ def check(
   try:
     _check_keys(config)
     _check_tests(config)
-    stage.seeds_at_once(config.get("seeds_at_once", 0))
+    settings.seeds_at_once(config.get("seeds_at_once", 0))
     objective.check_segmentation(config.segmentation)
     arm_ids = list_arms(config)
     methods = {
@@ -280,9 +280,9 @@ def test_name(config: ml_collections.ConfigDict, name: str) -> str:
   return TEST_NAMES[name]
 
 
-def make_run_config(config: ml_collections.ConfigDict) -> stage.RunConfig:
+def make_run_config(config: ml_collections.ConfigDict) -> settings.RunConfig:
   """Returns what all stages of the run have in common."""
-  return stage.RunConfig(
+  return settings.RunConfig(
     seed=config.seed,
     batch_size=config.data.batch_size,
     evaluation_batch_size=config.evaluation.batch_size,
@@ -291,22 +291,22 @@ def make_run_config(config: ml_collections.ConfigDict) -> stage.RunConfig:
     augment=dict(config.augment),
     encoder_weights=config.encoder_weights,
     log_every=config.log_every,
-    seeds_at_once=stage.seeds_at_once(config.get("seeds_at_once", 0)),
+    seeds_at_once=settings.seeds_at_once(config.get("seeds_at_once", 0)),
   )
 
 
-def make_train_config(options: Mapping[str, Any]) -> stage.TrainConfig:
+def make_train_config(options: Mapping[str, Any]) -> settings.TrainConfig:
   """Returns the training that a config describes.
 
   Raises:
     ValueError: on an unknown key, with the nearest known one, or a missing one.
   """
-  fields = dataclasses.fields(stage.TrainConfig)
+  fields = dataclasses.fields(settings.TrainConfig)
   names_lib.check_known("key of a training", options, [f.name for f in fields])
   for field in fields:
     if field.default is dataclasses.MISSING and field.name not in options:
       raise ValueError(f"a training needs {field.name}: set it in the config")
-  return stage.TrainConfig(**options)
+  return settings.TrainConfig(**options)
 
 
 def is_drawn(teacher: ml_collections.ConfigDict) -> bool:

@@ -25,8 +25,10 @@ from kdseg.report import scores as scores_lib
 from kdseg.runtime import checkpoint
 from kdseg.runtime import devices
 from kdseg.runtime import memory
+from kdseg.training import arms as arms_lib
 from kdseg.training import loop
-from kdseg.training import stage
+from kdseg.training import prepare as prepare_lib
+from kdseg.training import settings
 from kdseg.training import step as step_lib
 
 Tree = Any
@@ -92,9 +94,9 @@ def estimate(
     )
 
   def time_pass(what: str, network: nn.Module, variables: Tree) -> float:
-    predict = stage.make_predict(network)
+    predict = step_lib.parallel_predict(network)
     with memory.enough(
-      f"{what}: passes of {evaluated}", stage.LOWER_EVALUATION
+      f"{what}: passes of {evaluated}", settings.LOWER_EVALUATION
     ):
       held = devices.replicate(variables)
       given = devices.shard({"image": image})
@@ -102,8 +104,8 @@ def estimate(
 
   def time_updates(
     what: str,
-    spec: stage.ArmSpec,
-    training: stage.TrainConfig,
+    spec: arms_lib.ArmSpec,
+    training: settings.TrainConfig,
     prepared: Tree,
     steps: int,
     seeds: int,
@@ -117,7 +119,7 @@ def estimate(
       }
     with teachers_lib.enough_to_train(what, seeds, config, seeds):
       # One kind a call, so that no more than one program takes memory.
-      arms = stage.make_arms(
+      arms = arms_lib.make_arms(
         {
           str(seed): dataclasses.replace(spec, seed=seed)
           for seed in range(seeds)
@@ -127,22 +129,13 @@ def estimate(
         steps,
         teacher_std,
       )
-      state, step = arms["0"].state, arms["0"].step
-      if seeds > 1:
-        state = step_lib.stack_states([arm.state for arm in arms.values()])
-        step = arms["0"].step_stacked
-
-      def update() -> Tree:
-        nonlocal state
-        state, metrics = step(state, prepared)
-        return metrics
-
-      return _median(update, repeats)
+      [group] = arms_lib.make_groups(arms, seeds)
+      return _median(lambda: group.update(prepared), repeats)
 
   def time_training(
     what: str,
-    spec: stage.ArmSpec,
-    training: stage.TrainConfig,
+    spec: arms_lib.ArmSpec,
+    training: settings.TrainConfig,
     prepared: Tree,
     predict: float,
     count: int = 1,
@@ -214,7 +207,7 @@ def estimate(
         given = prepared | {"encoder_features": devices.shard(encoder_features)}
       items += time_training(
         name,
-        stage.ArmSpec(name, network, 0, workdir, {}),
+        arms_lib.ArmSpec(name, network, 0, workdir, {}),
         training,
         given,
         seconds[name],
@@ -239,7 +232,7 @@ def estimate(
   teacher_out = {}
   teacher = teachers_lib.join_teachers(config, teachers)
   if teacher is not None and taught_arms:
-    teach = step_lib.make_teach(
+    teach = prepare_lib.make_teach(
       teacher.network,
       config_lib.list_taps(methods[arm_id.method] for arm_id in untrained),
       channels=config.teacher_channels,

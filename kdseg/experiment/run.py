@@ -30,8 +30,8 @@ from kdseg.runtime import files
 from kdseg.runtime import hosts
 from kdseg.runtime import memory
 from kdseg.runtime import preemption
+from kdseg.training import arms as arms_lib
 from kdseg.training import loop
-from kdseg.training import stage
 
 _LOG = logging.getLogger("kdseg")
 
@@ -158,7 +158,7 @@ def _check_taps(
     for name in dict.fromkeys(names):
       for of_teacher in of_teachers:
         try:
-          stage.check_taps(methods[name].taps, of_student, of_teacher)
+          arms_lib.check_taps(methods[name].taps, of_student, of_teacher)
         except ValueError as error:
           raise config_lib.ConfigError(
             f'method "{name}" of arms.{student}: {error}'

@@ -29,7 +29,8 @@ from kdseg.runtime import files
 from kdseg.runtime import hosts
 from kdseg.runtime import memory
 from kdseg.runtime import preemption
-from kdseg.training import stage
+from kdseg.training import settings
+from kdseg.training import step as step_lib
 
 Tree = Any
 _LOG = logging.getLogger("kdseg")
@@ -96,7 +97,9 @@ def score(
         continue
       network = finished()
       if repr(network.network) not in predicts:
-        predicts[repr(network.network)] = stage.make_predict(network.network)
+        predicts[repr(network.network)] = step_lib.parallel_predict(
+          network.network
+        )
       is_teacher = arm.startswith(config_lib.JOINT)
       tta = (
         config.evaluation.teacher_tta if is_teacher else config.evaluation.tta
@@ -164,7 +167,7 @@ def _score_group(
       arm, seed, test, sum(map(len, before)), len(arrays),
     )  # fmt: skip
   what = f"scores: {arm} seed {seed} on {test} in batches of {batch_size}"
-  with memory.enough(what, stage.LOWER_EVALUATION):
+  with memory.enough(what, settings.LOWER_EVALUATION):
     return evaluate.score(
       predict,
       devices.replicate(teacher.variables),

@@ -24,9 +24,10 @@ from kdseg.runtime import checkpoint
 from kdseg.runtime import files
 from kdseg.runtime import hosts
 from kdseg.runtime import preemption
-from kdseg.training import cache
+from kdseg.training import arms as arms_lib
+from kdseg.training import cached_outputs as cached_outputs_lib
+from kdseg.training import prepare as prepare_lib
 from kdseg.training import stage
-from kdseg.training import step as step_lib
 
 Tree = Any
 
@@ -108,18 +109,18 @@ def train_students(
     at_once = min(run_config.seeds_at_once, alike)
     with teachers_lib.enough_to_train("students", len(group), config, at_once):
       stage.train_together(
-        "students",
+        stage.Stage("students", folder, all_may_diverge=True),
         specs,
         run_config=run_config,
         training=training,
-        folder=folder,
-        arrays=data.train,
-        validation=data.validation,
+        inputs=stage.Inputs(
+          data.train,
+          data.validation,
+          teach=teaching.teach,
+          teacher_variables=teaching.variables,
+          cached_outputs=teaching.cached_outputs,
+        ),
         log=log,
-        all_may_diverge=True,
-        teach=teaching.teach,
-        teacher_variables=teaching.variables,
-        cached_outputs=teaching.cached_outputs,
         stop=stop,
       )
 
@@ -143,7 +144,7 @@ def make_spec(
   methods: Mapping[str, objective.Method],
   teacher_out: Mapping[str, jax.ShapeDtypeStruct],
   extensions: extensions_lib.Extensions,
-) -> stage.ArmSpec:
+) -> arms_lib.ArmSpec:
   """Returns the student of a plan, ready to be trained.
 
   Args:
@@ -159,10 +160,10 @@ def make_spec(
   """
   method = methods[arm_id.method]
   student = config_lib.make_student(arm_id.student, config, extensions)
-  distiller, inputs = stage.make_distiller(
+  distiller, inputs = arms_lib.make_distiller(
     student, teacher_out, method, size=config.data.size
   )
-  return stage.ArmSpec(
+  return arms_lib.ArmSpec(
     kind=arm_id.arm,
     network=student,
     seed=arm_id.seed,
@@ -261,7 +262,7 @@ def _make_teaching(
       raise ValueError("methods with terms need a teacher: set distil_from")
     return Teaching()
   taps = config_lib.list_taps(methods)
-  teach = step_lib.make_teach(
+  teach = prepare_lib.make_teach(
     teacher.network, taps, channels=config.teacher_channels
   )
   image = jax.ShapeDtypeStruct(
@@ -287,7 +288,7 @@ def _make_teaching(
     str(config.teacher_channels),
     *taps,
   )
-  cached_outputs = cache.compute(
+  cached_outputs = cached_outputs_lib.compute(
     teachers_lib.within_memory(
       teachers_lib.map_over_devices(answer, teacher.variables),
       f"{name}: answers",
@@ -303,7 +304,7 @@ def _make_teaching(
     ),
   )
   if config.teacher_out_tta == "dihedral":
-    cached_outputs = cache.average(cached_outputs)
+    cached_outputs = cached_outputs_lib.average(cached_outputs)
   return Teaching(None, None, {"teacher_out": cached_outputs}, shapes)
 
 

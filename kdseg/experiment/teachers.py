@@ -29,8 +29,10 @@ from kdseg.runtime import devices
 from kdseg.runtime import hosts
 from kdseg.runtime import memory
 from kdseg.runtime import preemption
-from kdseg.training import cache
+from kdseg.training import arms as arms_lib
+from kdseg.training import cached_outputs as cached_outputs_lib
 from kdseg.training import loop
+from kdseg.training import settings
 from kdseg.training import stage
 
 Tree = Any
@@ -104,7 +106,7 @@ def make_teacher(
     if hosts.is_first():
       checkpoint.save_variables(destination, variables, about)
   elif untrained and not c.checkpoint:
-    spec = stage.ArmSpec(
+    spec = arms_lib.ArmSpec(
       kind=name,
       network=network,
       seed=int(c.seed),
@@ -113,18 +115,19 @@ def make_teacher(
     )
     with enough_to_train(name, 1, config):
       stage.train_together(
-        name,
+        stage.Stage(name, workdir / "checkpoints" / name),
         {name: spec},
         run_config=config_lib.make_run_config(config),
         training=training,
-        folder=workdir / "checkpoints" / name,
-        arrays=data.train,
-        validation=data.validation,
+        inputs=stage.Inputs(
+          data.train,
+          data.validation,
+          cached_outputs={"encoder_features": encoder_features}
+          if encoder_features
+          else None,
+          validation_features=validation_encoded,
+        ),
         log=log,
-        cached_outputs={"encoder_features": encoder_features}
-        if encoder_features
-        else None,
-        validation_encoded=validation_encoded,
         stop=stop,
       )
 
@@ -186,7 +189,7 @@ def _encode(
     ("validation", data.validation, 1),
   ):
     found.append(
-      cache.compute(
+      cached_outputs_lib.compute(
         function,
         arrays.image,
         cache_folder(workdir) / f"{name}-{split}",
@@ -244,7 +247,7 @@ def within_memory(
 ) -> Callable[..., Any]:
   """Says what to lower, if a call of `function` takes too much memory."""
   what = f"{what} in batches of {config.evaluation.batch_size}"
-  return memory.enough(what, stage.LOWER_EVALUATION)(function)
+  return memory.enough(what, settings.LOWER_EVALUATION)(function)
 
 
 def content_key(data: str, tree: Tree, *more: str) -> str:

@@ -1,4 +1,4 @@
-"""From arrays in memory to batches on the devices, from any step on."""
+"""Batches of arrays in memory, split over the devices, from any step on."""
 
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -13,7 +13,9 @@ from kdseg.data import pipeline
 from kdseg.runtime import devices
 
 Tree = Any
-Made = Mapping[str, Any]
+BatchInfo = Mapping[str, Any]
+# From the first step, yields (step, batch, batch_info).
+Batches = Callable[[int], Iterator[tuple[int, Tree, BatchInfo]]]
 
 
 def make_batches(
@@ -23,7 +25,7 @@ def make_batches(
   batch_size: int,
   steps: int,
   cached_outputs: Mapping[str, Mapping[str, np.ndarray]] | None = None,
-) -> Callable[[int], Iterator[tuple[int, Tree, Made]]]:
+) -> Batches:
   """Makes `batches(first_step)`, prefetched and split over the devices.
 
   Args:
@@ -33,10 +35,9 @@ def make_batches(
     batch_size: over all devices and hosts.
     steps: of the whole training.
     cached_outputs: {"encoder_features" | "teacher_out": {name: [8, N, ...]}},
-      outputs of frozen networks by orientation (see `cache`), or
-      [1, N, h, w, ...], maps that
-      move with the image. With it, images, masks and such maps are brought
-      into the drawn orientation here.
+      outputs of frozen networks by orientation (see `cached_outputs`), or
+      [1, N, h, w, ...], maps that turn with the image. With them, images, masks
+      and such maps are brought into the drawn orientation here.
 
   Returns:
     A function from the first step to an iterator of (step, batch, batch_info):
@@ -45,7 +46,7 @@ def make_batches(
   """
   count, index = jax.process_count(), jax.process_index()
 
-  def examples(first_step: int) -> Iterator[tuple[int, dict, Made]]:
+  def examples(first_step: int) -> Iterator[tuple[int, dict, BatchInfo]]:
     for step, batch in pipeline.batches(
       arrays,
       seed=seed,
@@ -84,7 +85,7 @@ def make_batches(
           }
       yield step, batch, batch_info
 
-  def put(example: tuple[int, dict, Made]) -> tuple[int, Tree, Made]:
+  def put(example: tuple[int, dict, BatchInfo]) -> tuple[int, Tree, BatchInfo]:
     step, batch, batch_info = example
     return step, devices.shard(batch), batch_info
 

@@ -1,13 +1,9 @@
-"""The loop: every arm of a run on the same batches.
-
-One arm after the other, or the seeds of a kind by one program.
-"""
+"""The loop: updates every arm of a stage on the same batches."""
 
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
-from concurrent import futures
 import dataclasses
 import logging
 import math
@@ -20,82 +16,81 @@ import numpy as np
 from kdseg.runtime import checkpoint
 from kdseg.runtime import hosts
 from kdseg.runtime import preemption
+from kdseg.training import arms as arms_lib
 from kdseg.training import state as state_lib
-from kdseg.training import step as step_lib
 
 _LOG = logging.getLogger("kdseg")
 
 Tree = Any
-TrainState = state_lib.TrainState
-Metrics = Mapping[str, jax.Array]
-StepFn = Callable[[TrainState, Tree], tuple[TrainState, Metrics]]
-# An arm and its metrics; or several, and theirs on a leading axis.
-Measured = tuple[str | tuple[str, ...], Metrics]
+Arms = dict[str, arms_lib.ArmState]
+BatchInfo = Mapping[str, Any]
 
-# Updates in a row that may be left out; one more and nothing is learned.
+# With "skip", how many updates in a row are left out before the arm is ended.
 SKIPPED_AT_MOST = 20
-# Programs that are compiled at the same time; each takes memory.
-COMPILED_AT_ONCE = 4
 
 
 class DivergedError(RuntimeError):
   """No arm is left whose loss and gradients are finite."""
 
 
-@dataclasses.dataclass
-class ArmState:
-  """One network in training.
-
-  Attributes:
-    state: replicated over the devices; what a checkpoint holds.
-    step: its mapped update; with `lower`, see `step.parallel`, the programs of
-      several arms are compiled at once. Arms of a kind have the same one.
-    step_stacked: the same for the states of several arms of that kind on a
-      leading axis, all on one batch; metrics come back with that axis.
-    best: {"variables": host arrays, "score": validation, "step"}, or {}.
-    diverged: why it stopped early, or "".
-    skipped: how many of its last updates were left out, in a row.
-  """
-
-  state: TrainState
-  step: StepFn
-  step_stacked: StepFn | None = None
-  best: dict[str, Any] = dataclasses.field(default_factory=dict)
-  diverged: str = ""
-  skipped: int = 0
-
-
-@dataclasses.dataclass
-class _Stack:
-  """Arms whose states are updated by one program.
-
-  Attributes:
-    names: of the arms, those that diverged too: of fewer, it would be another
-      program with other rounding.
-    step: their update.
-    state: theirs, on a leading axis.
-  """
-
-  names: tuple[str, ...]
-  step: StepFn
-  state: Tree
-
-
 @dataclasses.dataclass(frozen=True)
-class Schedule:
-  """When what happens, in steps.
+class LoopConfig:
+  """What the loop does when, in steps.
 
   Attributes:
+    stage: name for the log.
     steps: of the whole training.
     validate_every: between validations; the last step is validated too.
     save_every: between checkpoints.
-    log_every: between log lines, and between looks for NaNs.
+    log_every: between log lines, and between checks that all was finite.
+    first_step: steps already done.
+    on_non_finite: "stop" ends an arm at its first loss or gradient that is not
+      finite; "skip" leaves that update out, and ends the arm after
+      `SKIPPED_AT_MOST` in a row.
   """
 
+  stage: str
   steps: int
   validate_every: int
   save_every: int
   log_every: int = 20
+  first_step: int = 0
+  on_non_finite: str = "stop"
+
+
+@dataclasses.dataclass(frozen=True)
+class Callbacks:
+  """What the loop calls.
+
+  Attributes:
+    validate: (arm, variables) -> validation Dice; the best weights are kept.
+    log: writes one record.
+    save: (steps done, arms), called when a checkpoint is due.
+    save_bad_batch: (arm, step, batch_info) of an update that was not finite.
+    stop: polled after each step; if true, the loop saves and raises
+      StoppedError.
+  """
+
+  validate: Callable[[str, Tree], float]
+  log: Callable[[Mapping[str, Any]], None]
+  save: Callable[[int, Arms], None]
+  save_bad_batch: Callable[[str, int, BatchInfo], None]
+  stop: preemption.Stop = preemption.never
+
+
+@dataclasses.dataclass(frozen=True)
+class _Update:
+  """One step of all arms.
+
+  Attributes:
+    step: its number.
+    batch_info: of its batch.
+    metrics: on the devices, of each group that was updated; None for the rest.
+  """
+
+  step: int
+  batch_info: BatchInfo
+  metrics: Sequence[arms_lib.Metrics | None]
 
 
 def due(step: int, every: int, total: int) -> bool:
@@ -117,295 +112,207 @@ def duration(seconds: float) -> str:
   return f"{seconds}s"
 
 
-def check_on_non_finite(value: str) -> None:
-  """Raises ValueError on what `fit` does not know."""
-  if value not in ("stop", "skip"):
-    raise ValueError(f'on_non_finite must be "stop" or "skip": {value!r}')
-
-
 def fit(
-  arms: dict[str, ArmState],
-  batches: Callable[[int], Iterator[tuple[int, Tree, Mapping[str, Any]]]],
-  *,
-  stage: str,
-  schedule: Schedule,
-  prepare: Callable[[int, Tree], Tree],
-  validate: Callable[[str, Tree], float],
-  log: Callable[[Mapping[str, Any]], None],
-  save: Callable[[int, dict[str, ArmState]], None],
-  save_bad_batch: Callable[[str, int, Mapping[str, Any]], None],
-  first_step: int = 0,
-  on_non_finite: str = "stop",
-  stop: preemption.Stop = preemption.never,
-  at_once: int = 1,
+  arms: Arms,
+  groups: Sequence[arms_lib.Group],
+  batches: Callable[[int], Iterator[tuple[int, Tree, BatchInfo]]],
+  config: LoopConfig,
+  callbacks: Callbacks,
 ) -> None:
   """Trains all arms to the end, in place.
 
-  Every arm sees the same prepared batch. An arm that diverges is named and
-  left behind with the best weights it had; the others go on.
+  Every arm sees the same prepared batches. An arm that diverges keeps the best
+  weights that it had, and is not validated any more; the others are trained on.
 
   Args:
-    arms: by name; their states and bests are updated.
-    batches: from the first step to do, yields (step, batch on the devices,
-      what it was made of: "ids" and the host arrays).
-    stage: name for the log.
-    schedule: when to validate, save and log.
-    prepare: (step, batch) -> what the arms are given.
-    validate: (arm, variables) -> score to choose by, higher is better.
-    log: writes one record.
-    save: (step, arms), called when a checkpoint is due.
-    save_bad_batch: (arm, step, what the batch was made of).
-    first_step: steps already done.
-    on_non_finite: "stop" ends an arm at its first non-finite loss or
-      gradient; "skip" leaves that update out and goes on, unless
-      `SKIPPED_AT_MOST` in a row were left out.
-    stop: asked after every step; where it says yes, what was done is saved.
-    at_once: how many arms of a kind one program updates, if they have a
-      `step_stacked`. The states of the arms are brought up to date when they
-      are validated or saved.
+    arms: by name; their states are brought up to date when they are validated
+      or saved.
+    groups: of these arms, see `arms.make_groups`.
+    batches: from the first step to do, yields (step, prepared batch,
+      batch_info: "ids" and the host arrays).
+    config: when to validate, save and log.
+    callbacks: what is called then.
 
   Raises:
-    StoppedError: if `stop` says so before the last step.
+    StoppedError: if `callbacks.stop` says so before the last step.
     DivergedError: if no arm is left.
-    ValueError: on an unknown `on_non_finite`.
   """
-  check_on_non_finite(on_non_finite)
-  total = schedule.steps
-  live = [name for name, arm in arms.items() if not arm.diverged]
-  stacks = _stack(arms, live, at_once)
-  stacked = {name for stack in stacks for name in stack.names}
-  if stacks:
-    _LOG.info(
-      "%s: %d arms updated by %d programs", stage, len(stacked), len(stacks)
-    )
-  window: list[tuple[int, Mapping[str, Any], list[Measured]]] = []
-  started, started_at, spent = time.monotonic(), first_step, 0.0
-  for step, batch, batch_info in batches(first_step):
-    prepared = prepare(step, batch)
-    if step == first_step:
-      _compile(arms, live, stacks, prepared)
-    measured: list[Measured] = []
-    for stack in stacks:
-      if any(name in live for name in stack.names):
-        stack.state, metrics = stack.step(stack.state, prepared)
-        measured.append((stack.names, metrics))
-    for name in live:
-      if name not in stacked:
-        arms[name].state, metrics = arms[name].step(arms[name].state, prepared)
-        measured.append((name, metrics))
-    window.append((step, batch_info, measured))
+  window: list[_Update] = []
+  began = time.monotonic()
+  for step, prepared, batch_info in batches(config.first_step):
     done = step + 1
-
-    if done == started_at + 1:
-      # The first step is mostly compilation: leave it out of the forecast.
-      jax.block_until_ready([metrics for _, metrics in measured])
-      _LOG.info(
-        "%s: first step after %s", stage, duration(time.monotonic() - started)
-      )
-      started = time.monotonic()
-    validation_due = due(done, schedule.validate_every, total)
-    stopping_now = done < total and stop()
-    save_due = stopping_now or due(done, schedule.save_every, total)
-    if due(done, schedule.log_every, total) or validation_due or save_due:
-      host = _fetch(window, live)
+    if step == config.first_step:
+      arms_lib.compile_groups(groups, prepared)
+    window.append(_Update(step, batch_info, _update(arms, groups, prepared)))
+    if step == config.first_step:
+      jax.block_until_ready(window[-1].metrics)
+      first = duration(time.monotonic() - began)
+      _LOG.info("%s: first step after %s", config.stage, first)
+      # That was mostly compilation: leave it out of the forecast.
+      began = time.monotonic()
+    validating = due(done, config.validate_every, config.steps)
+    stopping = done < config.steps and callbacks.stop()
+    saving = stopping or due(done, config.save_every, config.steps)
+    if validating or saving or due(done, config.log_every, config.steps):
+      _look(arms, groups, window, config, callbacks, began)
       window = []
-      live = _drop_diverged(
-        arms, live, host, stage, on_non_finite, save_bad_batch, log
-      )
-      _report(stage, done, total, live, host, log, started, started_at, spent)
-      if not live:
-        raise DivergedError(
-          f"{stage}: no arm is left at step {done}; "
-          + "; ".join(f"{n}: {arm.diverged}" for n, arm in arms.items())
-        )
-    if validation_due or save_due:
-      for stack in stacks:
-        states = step_lib.unstack_states(stack.state)
-        for name, state in zip(stack.names, states):
+    paused = time.monotonic()
+    if validating or saving:
+      for group in groups:
+        for name, state in group.states().items():
           arms[name].state = state
-    if validation_due:
-      before = time.monotonic()
-      for name in live:
-        _validate(name, arms[name], done, stage, validate, log)
-      spent += time.monotonic() - before
-    if save_due:
-      before = time.monotonic()
-      save(done, arms)
-      spent += time.monotonic() - before
-    if stopping_now:
+    if validating:
+      for name in _live(arms):
+        _validate(name, arms[name], done, config.stage, callbacks)
+    if saving:
+      callbacks.save(done, arms)
+    began += time.monotonic() - paused
+    if stopping:
       raise preemption.StoppedError(
-        f"{stage}: stopped after step {done} of {total}, which is saved; the "
-        "same command continues from there"
+        f"{config.stage}: stopped after step {done} of {config.steps}, which "
+        "is saved; the same command continues from there"
       )
 
 
-def _stack(
-  arms: Mapping[str, ArmState], live: Sequence[str], at_once: int
-) -> list[_Stack]:
-  """Returns stacks of up to `at_once` arms of a kind, none of one arm."""
-  kinds: dict[StepFn, list[str]] = {}
-  for name, arm in arms.items():
-    if arm.step_stacked is not None:
-      kinds.setdefault(arm.step_stacked, []).append(name)
-  stacks = []
-  for step, names in kinds.items():
-    for first in range(0, len(names), at_once):
-      chosen = names[first : first + at_once]
-      if len(chosen) > 1 and any(name in live for name in chosen):
-        state = step_lib.stack_states([arms[name].state for name in chosen])
-        stacks.append(_Stack(tuple(chosen), step, state))
-  return stacks
+def _live(arms: Arms) -> list[str]:
+  return [name for name, arm in arms.items() if not arm.diverged]
 
 
-def _fetch(
-  window: Sequence[tuple[int, Mapping[str, Any], Sequence[Measured]]],
-  live: Sequence[str],
-) -> list[tuple[int, Mapping[str, Any], dict[str, Metrics]]]:
-  """Fetches a window's metrics from the devices and sorts them by arm."""
-  fetched = jax.device_get(
-    [[metrics for _, metrics in measured] for _, _, measured in window]
-  )
-  sorted_ = []
-  for (step, batch_info, measured), values in zip(window, fetched):
-    found: dict[str, Metrics] = {}
-    for (names, _), metrics in zip(measured, values):
-      if isinstance(names, str):
-        found[names] = metrics
-        continue
-      for place, name in enumerate(names):
-        if name in live:
-          found[name] = {key: x[place] for key, x in metrics.items()}
-    sorted_.append((step, batch_info, found))
-  return sorted_
+def _update(
+  arms: Arms, groups: Sequence[arms_lib.Group], prepared: Tree
+) -> list[arms_lib.Metrics | None]:
+  """Updates the groups with a live arm; returns each group's metrics."""
+  return [
+    None
+    if all(arms[name].diverged for name in group.names)
+    else group.update(prepared)
+    for group in groups
+  ]
 
 
-def _compile(
-  arms: Mapping[str, ArmState],
-  live: list[str],
-  stacks: Sequence[_Stack],
-  prepared: Tree,
+def _look(
+  arms: Arms,
+  groups: Sequence[arms_lib.Group],
+  window: Sequence[_Update],
+  config: LoopConfig,
+  callbacks: Callbacks,
+  began: float,
 ) -> None:
-  """Compiles the programs of the arms side by side, if they can be lowered.
-
-  Compiling is most of a first step, and much of that uses one core. Traced is
-  here, as what JAX was told by contexts holds for one thread.
-  """
-  stacked = {name for stack in stacks for name in stack.names}
-  programs: dict[Any, tuple[StepFn, Tree]] = {
-    arms[name].step: (arms[name].step, arms[name].state)
-    for name in live
-    if name not in stacked
+  """Reads the metrics of the last updates: drops diverged arms, and logs."""
+  rows = []
+  fetched = jax.device_get([update.metrics for update in window])
+  for update, metrics in zip(window, fetched):
+    by_arm: dict[str, arms_lib.Metrics] = {}
+    for group, values in zip(groups, metrics):
+      if values is not None:
+        by_arm |= group.split(values)
+    rows.append((update, by_arm))
+  for name in _live(arms):
+    _check_finite(
+      name,
+      arms[name],
+      [(update, by_arm[name]) for update, by_arm in rows],
+      config,
+      callbacks,
+    )
+  done = window[-1].step + 1
+  means = {
+    name: _means([by_arm[name] for _, by_arm in rows]) for name in _live(arms)
   }
-  for stack in stacks:
-    programs[stack.step, len(stack.names)] = stack.step, stack.state
-  pool = futures.ThreadPoolExecutor(COMPILED_AT_ONCE)
-  try:
-    begun = [
-      pool.submit(step.lower(state, prepared))
-      for step, state in programs.values()
-      if hasattr(step, "lower")
-    ]
-    for compiled in begun:
-      compiled.result()
-  finally:
-    # What has not begun when one fails, or somebody interrupts, is left.
-    pool.shutdown(cancel_futures=True)
+  _report(config, done, {n: m for n, m in means.items() if m}, callbacks, began)
+  if not _live(arms):
+    raise DivergedError(
+      f"{config.stage}: no arm is left at step {done}; "
+      + "; ".join(f"{n}: {arm.diverged}" for n, arm in arms.items())
+    )
 
 
-def _drop_diverged(
-  arms: dict[str, ArmState],
-  live: list[str],
-  window: list[tuple[int, Mapping[str, Any], dict[str, Metrics]]],
-  stage: str,
-  on_non_finite: str,
-  save_bad_batch: Callable[[str, int, Mapping[str, Any]], None],
-  log: Callable[[Mapping[str, Any]], None],
-) -> list[str]:
-  """Marks arms with a non-finite update in `window`; returns the others."""
-  kept = []
-  for name in live:
-    bad = [
-      (step, batch_info, values[name])
-      for step, batch_info, values in window
-      if not values[name]["finite"]
-    ]
-    in_a_row = arms[name].skipped
-    for _, _, values in window:
-      in_a_row = 0 if values[name]["finite"] else in_a_row + 1
-      if in_a_row >= SKIPPED_AT_MOST:
-        break
-    arms[name].skipped = in_a_row
-    if not bad:
-      kept.append(name)
-      continue
-    step, batch_info, values = bad[0]
-    # Of all hosts, who came here alike: what they measured is a mean of all.
-    ids = [i for part in hosts.gather(list(batch_info["ids"])) for i in part]
-    odd = sorted(k for k, v in values.items() if not math.isfinite(v))
-    why = (
-      f"{', '.join(odd)} not finite at step {step}, batch of {', '.join(ids)}"
+def _means(rows: Sequence[arms_lib.Metrics]) -> dict[str, float]:
+  """Returns the means of the updates that were made; {} if there is none.
+
+  A skipped update has no part in them: NaN is no JSON.
+  """
+  finite = [row for row in rows if row["finite"]]
+  if not finite:
+    return {}
+  return {
+    key: float(np.mean([row[key] for row in finite])) for key in finite[0]
+  }
+
+
+def _check_finite(
+  name: str,
+  arm: arms_lib.ArmState,
+  rows: Sequence[tuple[_Update, arms_lib.Metrics]],
+  config: LoopConfig,
+  callbacks: Callbacks,
+) -> None:
+  """Logs an arm's updates that were not finite; marks it if it diverged."""
+  for _, metrics in rows:
+    arm.skipped = 0 if metrics["finite"] else arm.skipped + 1
+    if arm.skipped >= SKIPPED_AT_MOST:
+      break
+  bad = [row for row in rows if not row[1]["finite"]]
+  if not bad:
+    return
+  update, metrics = bad[0]
+  # All hosts come here, as the metrics are means over all devices.
+  shares = hosts.gather(list(update.batch_info["ids"]))
+  ids = [identity for share in shares for identity in share]
+  odd = sorted(k for k, value in metrics.items() if not math.isfinite(value))
+  why = (
+    f"{', '.join(odd)} not finite at step {update.step}, batch of "
+    f"{', '.join(ids)}"
+  )
+  callbacks.save_bad_batch(name, update.step, update.batch_info)
+  skipped = config.on_non_finite == "skip" and arm.skipped < SKIPPED_AT_MOST
+  if skipped:
+    _LOG.warning(
+      "%s: %s: skipped %d update(s): %s", config.stage, name, len(bad), why
     )
-    save_bad_batch(name, step, batch_info)
-    if on_non_finite == "skip" and in_a_row < SKIPPED_AT_MOST:
-      _LOG.warning(
-        "%s: %s: skipped %d update(s): %s", stage, name, len(bad), why
-      )
-      kept.append(name)
-    else:
-      arms[name].diverged = why
-      _LOG.error(
-        "%s: %s diverged: %s. Its best weights so far are kept; lower its "
-        "learning rate or the weight of its losses.",
-        stage,
-        name,
-        why,
-      )
-    log(
-      {
-        "stage": stage,
-        "arm": name,
-        "step": step,
-        "non_finite": odd,
-        "ids": ids,
-      }
+  else:
+    arm.diverged = why
+    _LOG.error(
+      "%s: %s diverged: %s. Its best weights so far are kept; lower its "
+      "learning rate or the weight of its losses.",
+      config.stage,
+      name,
+      why,
     )
-  return kept
+  record = {"stage": config.stage, "arm": name, "step": update.step}
+  callbacks.log({**record, "non_finite": odd, "ids": ids})
 
 
 def _report(
-  stage: str,
+  config: LoopConfig,
   done: int,
-  total: int,
-  live: list[str],
-  window: list[tuple[int, Mapping[str, Any], dict[str, Metrics]]],
-  log: Callable[[Mapping[str, Any]], None],
-  started: float,
-  started_at: int,
-  spent: float,
+  means: Mapping[str, Mapping[str, float]],
+  callbacks: Callbacks,
+  began: float,
 ) -> None:
-  """Logs the means over the window, and one line for a person."""
-  means = {}
-  for name in live:
-    keys = window[0][2][name].keys()
-    # A step that was left out has no part in the means, and NaN is no JSON.
-    whole = [v[name] for _, _, v in window if v[name]["finite"]]
-    if not whole:
-      continue
-    means[name] = {
-      key: float(np.mean([values[key] for values in whole])) for key in keys
-    }
-    log({"stage": stage, "arm": name, "step": done, **means[name]})
-  elapsed = time.monotonic() - started - spent
-  rate = (done - started_at - 1) / elapsed if elapsed > 0 else 0.0
-  eta = duration((total - done) / rate) if rate > 0 else "?"
+  """Logs each arm's means since the last report, and one line of progress.
+
+  Args:
+    config: of the loop.
+    done: steps.
+    means: of the metrics, by arm.
+    callbacks: of the loop.
+    began: when the first step ended, moved on by validations and saves.
+  """
+  for name, values in means.items():
+    record = {"stage": config.stage, "arm": name, "step": done}
+    callbacks.log({**record, **values})
+  elapsed = time.monotonic() - began
+  rate = (done - config.first_step - 1) / elapsed if elapsed > 0 else 0.0
+  eta = duration((config.steps - done) / rate) if rate > 0 else "?"
   losses = "  ".join(f"{n} {m['task']:.4f}" for n, m in list(means.items())[:3])
   more = f"  +{len(means) - 3} more" if len(means) > 3 else ""
   _LOG.info(
     "%s: step %d/%d (%d %%)  %.2f steps/s  ETA %s  loss: %s%s",
-    stage,
+    config.stage,
     done,
-    total,
-    100 * done // total,
+    config.steps,
+    100 * done // config.steps,
     rate,
     eta,
     losses,
@@ -415,15 +322,14 @@ def _report(
 
 def _validate(
   name: str,
-  arm: ArmState,
+  arm: arms_lib.ArmState,
   done: int,
   stage: str,
-  validate: Callable[[str, Tree], float],
-  log: Callable[[Mapping[str, Any]], None],
+  callbacks: Callbacks,
 ) -> None:
   """Scores one arm, and keeps its weights if they are the best so far."""
   variables = state_lib.network_variables(arm.state)
-  score = float(validate(name, variables))
+  score = float(callbacks.validate(name, variables))
   better = not arm.best or score > arm.best["score"]
   if better:
     arm.best = {
@@ -431,13 +337,13 @@ def _validate(
       "score": score,
       "step": done,
     }
-  log({"stage": stage, "arm": name, "step": done, "validation_dice": score})
+  record = {"stage": stage, "arm": name, "step": done}
+  callbacks.log({**record, "validation_dice": score})
+  best = f"best {arm.best['score']:.4f} at step {arm.best['step']}"
   _LOG.info(
-    "%s: %s validation Dice %.4f%s",
+    "%s: %s validation Dice %.4f (%s)",
     stage,
     name,
     score,
-    " (best so far)"
-    if better
-    else f" (best {arm.best['score']:.4f} at step {arm.best['step']})",
+    "best so far" if better else best,
   )

@@ -1,35 +1,34 @@
-"""The compiled functions: prepare a batch, update an arm, predict.
+"""The compiled functions of an arm: its update, and its predictions.
 
-`prepare` runs once a batch, whatever the number of arms: it augments on the
-device and asks the teacher. `train_step` turns what was prepared into an arm's
-next state. Both are mapped over the devices by `parallel`, and nothing else in
-the project knows how many devices there are.
+`train_step` turns a prepared batch (see `prepare`) into an arm's next state.
+`runtime.devices.parallel` maps it over the devices, which it knows only by
+`devices.AXIS`: each device has its part of the batch, and gradients, metrics
+and batch statistics are averaged over all of them.
 """
 
 from collections.abc import Callable
 from collections.abc import Mapping
-from collections.abc import Sequence
 import functools
 from typing import Any
 
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from kdseg.distill import layers as layers_lib
 from kdseg.distill import objective
 from kdseg.runtime import devices
 from kdseg.training import state as state_lib
 
 Array = jax.Array
 Tree = Any
-Batch = dict[str, Array]
+Batch = Mapping[str, Any]
 TrainState = state_lib.TrainState
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
+# (params, state, prepared) -> (loss, (metrics, batch_stats, balance))
+LossFn = Callable[[Tree, TrainState, Batch], tuple[Array, tuple[Any, ...]]]
 
-
-# What a key is for: folded last, so that draws with different purposes differ.
+# The purpose of a key, folded in last: draws of different purposes differ.
 AUGMENT, HIDE, DROP = range(3)
 
 
@@ -55,79 +54,6 @@ def example_keys(
   return jax.vmap(jax.random.fold_in, (None, 0))(key, position)
 
 
-def make_prepare(
-  augment: Callable[[Array, Array, Array], tuple[Array, Array]],
-  teach: Callable[..., Mapping[str, Array]] | None = None,
-) -> Callable[..., Batch]:
-  """Makes `prepare(seed, step, teacher_variables, batch)`.
-
-  Args:
-    augment: (keys [B], image uint8, mask uint8) -> (image float32 in [0, 1],
-      mask float32).
-    teach: (teacher_variables, image) -> the named outputs that the arms
-      read; None where nothing is taught, or where the batch brings the
-      teacher's outputs with it, under "teacher_out".
-
-  Returns:
-    A function to be mapped by `parallel`; its batch holds "image" [B, H, W, 3]
-    uint8, "mask" [B, H, W] uint8, and optionally "teacher_out" and
-    "encoder_features", dictionaries of arrays computed before.
-  """
-
-  def prepare(
-    seed: Array, step: Array, teacher_variables: Tree, batch: Batch
-  ) -> Batch:
-    keys = example_keys(seed, step, AUGMENT, batch["image"].shape[0])
-    image, mask = augment(keys, batch["image"], batch["mask"])
-    prepared = {"image": image, "mask": mask}
-    if "encoder_features" in batch:
-      prepared["encoder_features"] = batch["encoder_features"]
-    if "teacher_out" in batch:
-      prepared["teacher_out"] = jax.tree.map(
-        lambda x: x.astype(jnp.float32), batch["teacher_out"]
-      )
-    elif teach is not None:
-      prepared["teacher_out"] = teach(teacher_variables, image)
-    return prepared
-
-  return prepare
-
-
-def make_teach(
-  teacher: nn.Module, names: tuple[str, ...], *, channels: int = 0
-) -> Callable[..., dict[str, Array]]:
-  """Makes `teach(variables, image)`: the teacher's outputs `names`, frozen.
-
-  The teacher is in evaluation mode and never differentiated. Taps too wide
-  for a generator are projected here, once for all arms.
-
-  Args:
-    teacher: the network.
-    names: the taps wanted; the logits always come.
-    channels: taps are projected to at most so many channels; 0 for the rule of
-      `distiller.target_channels`.
-  """
-
-  def teach(
-    variables: Tree, image: Array, encoder_features: Batch | None = None
-  ) -> dict[str, Array]:
-    extra = (
-      {} if encoder_features is None else {"encoder_features": encoder_features}
-    )
-    out = teacher.apply(variables, image, train=False, **extra)
-    teacher_out = {"logits": out["logits"]}
-    for name in names:
-      if name != "logits":
-        have = out[name].shape[-1]
-        wanted = (
-          min(have, channels) if channels else layers_lib.target_channels(have)
-        )
-        teacher_out[name] = layers_lib.project(out[name], wanted)
-    return jax.tree.map(jax.lax.stop_gradient, teacher_out)
-
-  return teach
-
-
 def make_train_step(
   network: nn.Module,
   tx: optax.GradientTransformation,
@@ -136,20 +62,20 @@ def make_train_step(
   steps: int,
   method: objective.Method | None = None,
   distiller: nn.Module | None = None,
-  teacher_std: Mapping[str, Array] | None = None,
+  teacher_std: Mapping[str, Any] | None = None,
   ema_decay: float = 0.0,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+) -> TrainStep:
   """Makes one arm's update, to be mapped by `parallel`.
 
-  A step whose loss or gradient is not finite leaves the state as it was and
-  says so in its metrics ("finite" is 0): the loop decides what happens then.
+  If the loss or a gradient is not finite, the update leaves the state as it
+  was, all but its step, and its metric "finite" is 0: the loop decides then.
 
   Args:
     network: student, or teacher while it is trained itself.
     tx: over {"network", "distiller"}.
     segmentation: weights of the segmentation terms.
     steps: of the whole training.
-    method: of distillation; None or one without terms for none.
+    method: of distillation; None, or one without terms, for none.
     distiller: with the align and generator layers, if the method has feature
       terms.
     teacher_std: by tap, [C], for methods that normalise by it.
@@ -159,71 +85,20 @@ def make_train_step(
   Returns:
     (state, prepared) -> (state, metrics); metrics are means over the devices.
   """
-  method = method or objective.Method()
+  loss_fn = _make_loss(
+    network,
+    segmentation=segmentation,
+    steps=steps,
+    method=method or objective.Method(),
+    distiller=distiller,
+    teacher_std=teacher_std,
+  )
 
   def train_step(
     state: TrainState, prepared: Batch
   ) -> tuple[TrainState, dict[str, Array]]:
-    image, labels = prepared["image"], prepared["mask"]
-    keys = functools.partial(
-      example_keys, state.seed, state.step, batch=image.shape[0]
-    )
-    # Dropout draws once for the device's batch.
-    rngs = {"dropout": keys(DROP)[0]}
-    given = {}
-    if "encoder_features" in prepared:
-      given["encoder_features"] = prepared["encoder_features"]
-
-    def loss_fn(params: Tree) -> tuple[Array, tuple[dict, Tree, dict]]:
-      out, updated = network.apply(
-        {"params": params["network"], "batch_stats": state.batch_stats},
-        image,
-        train=True,
-        mutable=["batch_stats"],
-        rngs=rngs,
-        **given,
-      )
-      # Written once, and so is their gradient: fused into every pixelwise
-      # loss, the network's last enlargement would be made over for each.
-      out = {**out, "logits": jax.lax.optimization_barrier(out["logits"])}
-      task, parts = objective.segmentation_loss(
-        out["logits"], labels, segmentation
-      )
-      terms, weights, balance, total = {}, {}, state.balance, task
-      if method.terms:
-        bound = None
-        if distiller is not None:
-          bound = functools.partial(
-            distiller.apply, {"params": params["distiller"]}
-          )
-        terms = objective.distillation_terms(
-          out,
-          prepared["teacher_out"],
-          labels,
-          keys(HIDE),
-          method=method,
-          distiller=bound,
-          teacher_std=teacher_std,
-        )
-        # Every device must weigh alike, so the balance sees the mean of all.
-        shared = jax.lax.pmean(
-          jax.lax.stop_gradient((task, terms)), axis_name=devices.AXIS
-        )
-        balance = objective.update_balance(
-          state.balance,
-          *shared,
-          state.step,
-          calibration_steps=method.calibration_steps,
-        )
-        total, weights = objective.total_loss(
-          task, terms, balance, state.step, method=method, steps=steps
-        )
-      metrics = {"loss": total, "task": task, **parts, **terms}
-      metrics |= {f"weight/{name}": w for name, w in weights.items()}
-      return total, (metrics, updated.get("batch_stats", {}), balance)
-
     grads, (metrics, batch_stats, balance) = jax.grad(loss_fn, has_aux=True)(
-      state.params
+      state.params, state, prepared
     )
     grads, metrics, batch_stats = jax.lax.pmean(
       (grads, metrics, batch_stats), axis_name=devices.AXIS
@@ -249,18 +124,85 @@ def make_train_step(
       average=average,
       balance=balance,
     )
-    # The step counts in any case: it is the position in the data.
     kept = jax.tree.map(
       lambda old, new: jnp.where(finite, new, old), state, after
     )
+    # The step counts in any case: it is the position in the data.
     return kept.replace(step=state.step + 1), metrics
 
   return train_step
 
 
-def make_predict(
+def _make_loss(
   network: nn.Module,
-) -> Callable[[Tree, Batch], Array]:
+  *,
+  segmentation: Mapping[str, float],
+  steps: int,
+  method: objective.Method,
+  distiller: nn.Module | None,
+  teacher_std: Mapping[str, Any] | None,
+) -> LossFn:
+  """Makes the loss of `make_train_step`, over one device's part of a batch."""
+
+  def loss_fn(
+    params: Tree, state: TrainState, prepared: Batch
+  ) -> tuple[Array, tuple[Any, ...]]:
+    image, labels = prepared["image"], prepared["mask"]
+    keys = functools.partial(
+      example_keys, state.seed, state.step, batch=image.shape[0]
+    )
+    out, updated = network.apply(
+      {"params": params["network"], "batch_stats": state.batch_stats},
+      image,
+      train=True,
+      mutable=["batch_stats"],
+      # Dropout draws once for the device's part of the batch.
+      rngs={"dropout": keys(DROP)[0]},
+      **_features_of(prepared),
+    )
+    # Materialise the logits: otherwise XLA recomputes the last upsampling, and
+    # its gradient, in every pixelwise loss.
+    out = {**out, "logits": jax.lax.optimization_barrier(out["logits"])}
+    task, parts = objective.segmentation_loss(
+      out["logits"], labels, segmentation
+    )
+    terms, weights, balance, total = {}, {}, state.balance, task
+    if method.terms:
+      bound = None
+      if distiller is not None:
+        bound = functools.partial(
+          distiller.apply, {"params": params["distiller"]}
+        )
+      terms = objective.distillation_terms(
+        out,
+        prepared["teacher_out"],
+        labels,
+        keys(HIDE),
+        method=method,
+        distiller=bound,
+        teacher_std=teacher_std,
+      )
+      # Every device must weigh alike, so the balance sees the mean of all.
+      means = jax.lax.pmean(
+        jax.lax.stop_gradient((task, terms)), axis_name=devices.AXIS
+      )
+      balance = objective.update_balance(
+        state.balance,
+        *means,
+        state.step,
+        calibration_steps=method.calibration_steps,
+      )
+      total, weights = objective.total_loss(
+        task, terms, balance, state.step, method=method, steps=steps
+      )
+    metrics = {"loss": total, "task": task, **parts, **terms}
+    metrics |= {f"weight/{name}": w for name, w in weights.items()}
+    return total, (metrics, updated.get("batch_stats", {}), balance)
+
+  return loss_fn
+
+
+def make_predict(network: nn.Module) -> Callable[[Tree, Batch], Array]:
   """Makes `predict(variables, batch)`: probabilities [B, H, W], float32.
 
   The batch holds "image" [B, H, W, 3] uint8 and optionally "encoder_features".
@@ -268,24 +210,19 @@ def make_predict(
 
   def predict(variables: Tree, batch: Batch) -> Array:
     image = batch["image"].astype(jnp.float32) / 255.0
-    given = {k: batch[k] for k in ("encoder_features",) if k in batch}
-    out = network.apply(variables, image, train=False, **given)
+    out = network.apply(variables, image, train=False, **_features_of(batch))
     return jax.nn.sigmoid(out["logits"].astype(jnp.float32))
 
   return predict
 
 
-def stack_states(states: Sequence[TrainState]) -> TrainState:
-  """Returns one state with a leading axis, of the states of several arms."""
-  host = jax.device_get(list(states))
-  return devices.replicate(jax.tree.map(lambda *x: np.stack(x), *host))
+def parallel_predict(network: nn.Module) -> Callable[[Tree, Tree], Array]:
+  """Returns `make_predict` of a network, mapped over the devices."""
+  return devices.parallel(
+    make_predict(network), replicated=1, out_replicated=False
+  )
 
 
-def unstack_states(state: TrainState) -> list[TrainState]:
-  """Undoes `stack_states`."""
-  host = jax.device_get(state)
-  # Copies, as the next step uses up the memory of the stack.
-  return [
-    devices.replicate(jax.tree.map(lambda x, i=i: np.array(x[i]), host))
-    for i in range(len(host.step))
-  ]
+def _features_of(batch: Batch) -> dict[str, Any]:
+  """Returns the argument of a network whose frozen encoder is precomputed."""
+  return {k: batch[k] for k in ("encoder_features",) if k in batch}

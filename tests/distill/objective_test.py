@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 import tiny
 
-from kdseg.data import pipeline
 from kdseg.distill import extensions
 from kdseg.distill import objective
 from kdseg.losses import boundary
 from kdseg.losses import logits as logit_losses
 from kdseg.losses import relations
 from kdseg.losses import segmentation
-from kdseg.training import stage
+from kdseg.training import arms as arms_lib
 
 BATCH = 2
 
@@ -51,7 +50,7 @@ def _shapes():
 
 def make_distiller(method):
   """As a run makes it; None and no parameters where none is needed."""
-  module, (features, grids) = stage.make_distiller(
+  module, (features, grids) = arms_lib.make_distiller(
     tiny.Network(3), _shapes(), method, size=tiny.SIDE
   )
   if module is None:
@@ -288,48 +287,6 @@ def test_smoothed_labels_are_a_tenth_of_the_way_to_a_half():
   expected = -(0.95 * np.log(0.75) + 0.05 * np.log(0.25))
   np.testing.assert_allclose(parts["smoothed_bce"], expected, rtol=1e-6)
   np.testing.assert_allclose(total, 2 * expected, rtol=1e-6)
-
-
-@pytest.mark.parametrize("own", [{}, {"smoothed_bce": 1.0, "dice": 0.5}])
-def test_a_task_loss_of_its_own_takes_the_place_of_that_of_the_run(
-  extensions, monkeypatch, tmp_path
-):
-  asked = []
-
-  def remember(*arguments, segmentation, **options):
-    asked.append(segmentation)
-    raise KeyboardInterrupt
-
-  monkeypatch.setattr(stage.step_lib, "make_train_step", remember)
-  image, mask = tiny.draw_lesions(8)
-  arrays = pipeline.Arrays(
-    name="synthetic", split="train", ids=tuple("abcdefgh"), image=image,
-    mask=mask, official_count=8, found_count=8,
-  )  # fmt: skip
-  spec = stage.ArmSpec(
-    kind="plain",
-    network=tiny.Network(2),
-    seed=0,
-    destination=tmp_path,
-    about={},
-    method=objective.Method(segmentation=extensions),
-  )
-  run_config = stage.RunConfig(
-    seed=0, batch_size=8, evaluation_batch_size=8, size=tiny.SIDE,
-    segmentation={"bce": 1.0}, augment={}, encoder_weights=False, log_every=1,
-  )  # fmt: skip
-  with pytest.raises(KeyboardInterrupt):
-    stage.train_together(
-      "students",
-      {"plain": spec},
-      run_config=run_config,
-      training=stage.TrainConfig(epochs=1.0, learning_rate=0.1),
-      folder=tmp_path / "steps",
-      arrays=arrays,
-      validation=arrays,
-      log=print,
-    )
-  assert asked == [extensions or {"bce": 1.0}]
 
 
 # --------------------------------------------------------------- distillation

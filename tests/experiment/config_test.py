@@ -16,8 +16,8 @@ from kdseg.experiment import config as config_lib
 from kdseg.experiment import run
 from kdseg.experiment import workdir as workdir_lib
 from kdseg.networks.teachers import ensemble
-from kdseg.training import stage
-from kdseg.training import step as step_lib
+from kdseg.training import arms as arms_lib
+from kdseg.training import prepare as prepare_lib
 
 FOLDER = pathlib.Path(__file__).parents[2] / "configs"
 PATHS = sorted(FOLDER.glob("*.py"))
@@ -132,7 +132,7 @@ def _check_taps(config):
     if method.needs_taps:
       wanted[arm_id.student, arm_id.method] = method
   teacher = teachers[0] if len(teachers) == 1 else ensemble.Ensemble(teachers)
-  teach = step_lib.make_teach(
+  teach = prepare_lib.make_teach(
     teacher,
     config_lib.list_taps(wanted.values()),
     channels=config.teacher_channels,
@@ -146,7 +146,7 @@ def _check_taps(config):
     network = networks.make_network(
       student, **dict(config.students.get(student, {}))
     )
-    _, (features, _) = stage.make_distiller(
+    _, (features, _) = arms_lib.make_distiller(
       network, teacher_out, method, size=size
     )
     assert set(features) == (

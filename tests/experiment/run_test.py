@@ -44,6 +44,7 @@ from kdseg.runtime import files
 from kdseg.runtime import memory
 from kdseg.runtime import preemption
 from kdseg.training import stage
+from kdseg.training import step as step_lib
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -389,7 +390,7 @@ def test_stopped_twice_and_gone_on_is_as_never_stopped(
       pytest.raises(KeyboardInterrupt),
     ):
       run.run(finished.config, workdir)
-  assert "students: goes on from step 3 of 6" in caplog.text
+  assert "students: resumes at step 3 of 6" in caplog.text
   assert len(read_rows(workdir)) == 6
 
   assert run.run(finished.config, workdir) is True
@@ -475,7 +476,7 @@ def test_a_clock_that_goes_backwards_changes_nothing(
   monkeypatch.setattr(time, "time", lambda: 1.0)
   with caplog.at_level("INFO", logger="kdseg"):
     assert run.run(finished.config, workdir) is True
-  assert "students: goes on from step 4 of 6" in caplog.text
+  assert "students: resumes at step 4 of 6" in caplog.text
   assert {path.name for path in steps.iterdir() if path.is_dir()} == {"4", "6"}
   for name in ("scores.csv", "table.md"):
     assert (workdir / name).read_bytes() == (
@@ -515,7 +516,9 @@ def test_scores_that_take_too_much_memory_go_on_in_smaller_batches(
   workdir = copy(finished, folder / "large", "config.json", "teachers", "arms")
   config = finished.config.copy_and_resolve_references()
   with monkeypatch.context() as patch:
-    patch.setattr(stage, "make_predict", lambda network: allocate_too_much)
+    patch.setattr(
+      step_lib, "parallel_predict", lambda network: allocate_too_much
+    )
     with pytest.raises(
       memory.OutOfMemoryError,
       match=r"^scores: teacher_unet seed 0 on synthetic_test in batches of 8: "
@@ -558,7 +561,9 @@ def test_a_validation_that_takes_too_much_memory_says_what_to_lower(
   finished, folder, monkeypatch
 ):
   workdir = copy(finished, folder / "validated", "config.json", "teachers")
-  monkeypatch.setattr(stage, "make_predict", lambda network: allocate_too_much)
+  monkeypatch.setattr(
+    step_lib, "parallel_predict", lambda network: allocate_too_much
+  )
   with pytest.raises(
     memory.OutOfMemoryError,
     match=rf"^students: validation in batches of 8: {SAID}\. Free some, or "

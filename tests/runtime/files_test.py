@@ -26,7 +26,7 @@ from kdseg.experiment import scoring
 from kdseg.report import scores
 from kdseg.runtime import checkpoint
 from kdseg.runtime import files
-from kdseg.training import cache
+from kdseg.training import cached_outputs
 
 
 @contextlib.contextmanager
@@ -89,7 +89,7 @@ def write_cache(folder, seed):
 
   images = np.zeros((4, 2, 2, 3), np.uint8)
   folder = folder / f"taught-{seed}"
-  cache.compute(answer, images, folder, batch_size=2, key=str(seed))
+  cached_outputs.compute(answer, images, folder, batch_size=2, key=str(seed))
   return folder
 
 

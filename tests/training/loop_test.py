@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from kdseg.runtime import preemption
+from kdseg.training import arms as arms_lib
 from kdseg.training import loop
 from kdseg.training import state as state_lib
 
@@ -26,7 +27,9 @@ class Course:
   bad: list = dataclasses.field(default_factory=list)
   validated: list = dataclasses.field(default_factory=list)
 
-  def run(self, steps=6, *, every=2, save_every=3, log_every=2, **options):
+  def run(
+    self, steps=6, *, every=2, save_every=3, at_once=1, stop=None, **options
+  ):
     def validate(name, variables):
       done = int(variables["params"]["w"])
       self.validated.append((name, done))
@@ -38,19 +41,23 @@ class Course:
 
     def batches(first_step):
       for step in range(first_step, steps):
-        yield step, 10.0 * step, {"ids": [f"a{step}", f"b{step}"]}
+        prepared = {"at": step, "value": 10.0 * step}
+        yield step, prepared, {"ids": [f"a{step}", f"b{step}"]}
 
     loop.fit(
       self.arms,
+      arms_lib.make_groups(self.arms, at_once),
       batches,
-      stage="students",
-      schedule=loop.Schedule(steps, every, save_every, log_every),
-      prepare=lambda step, batch: {"at": step, "value": batch},
-      validate=validate,
-      log=self.records.append,
-      save=save,
-      save_bad_batch=lambda *what: self.bad.append(what),
-      **options,
+      loop.LoopConfig(
+        "students", steps, every, save_every, **{"log_every": 2} | options
+      ),
+      loop.Callbacks(
+        validate=validate,
+        log=self.records.append,
+        save=save,
+        save_bad_batch=lambda *what: self.bad.append(what),
+        stop=stop or preemption.never,
+      ),
     )
 
   def of(self, arm, key):
@@ -83,7 +90,7 @@ def make_arm(bad_steps=()):
     average={},
     balance={},
   )
-  arm = loop.ArmState(state, step)
+  arm = arms_lib.ArmState(state, step)
   return arm, seen
 
 
@@ -114,7 +121,7 @@ def make_kind(names, bad=()):
   for place, name in enumerate(names):
     arm, _ = make_arm()
     state = arm.state.replace(seed=jnp.asarray(place, jnp.int32))
-    arms[name] = loop.ArmState(state, step, step_stacked)
+    arms[name] = arms_lib.ArmState(state, step, step_stacked)
   return arms, seen
 
 
@@ -208,7 +215,7 @@ def test_what_cannot_be_compiled_stops_the_run_and_the_other_programs():
     lowered(arm, (lambda: time.sleep(0.1) or compiled.append(1)) if i else fail)
   with pytest.raises(MemoryError, match="out of memory"):
     Course(arms).run()
-  assert len(compiled) <= 2 * loop.COMPILED_AT_ONCE
+  assert len(compiled) <= 2 * arms_lib.COMPILED_AT_ONCE
   assert all(int(arm.state.step) == 0 for arm in arms.values())
 
 
@@ -447,13 +454,6 @@ def test_a_row_of_skipped_steps_is_counted_over_a_stop():
       9, save_every=0, log_every=1, first_step=3, on_non_finite="skip"
     )
   assert len(seen) == 2
-
-
-def test_an_unknown_way_to_treat_nans_is_refused_before_a_step():
-  arm, seen = make_arm()
-  with pytest.raises(ValueError, match='"stop" or "skip": \'ignore\''):
-    Course({"x": arm}).run(2, on_non_finite="ignore")
-  assert not seen
 
 
 def test_progress_says_how_far_and_how_long(caplog):

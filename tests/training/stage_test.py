@@ -12,15 +12,18 @@ from kdseg.data import pipeline
 from kdseg.distill import objective
 from kdseg.runtime import checkpoint
 from kdseg.runtime import devices
+from kdseg.training import arms as arms_lib
+from kdseg.training import checkpoints
 from kdseg.training import loop
+from kdseg.training import prepare as prepare_lib
+from kdseg.training import settings
 from kdseg.training import stage
 from kdseg.training import state as state_lib
-from kdseg.training import step as step_lib
 
-TRAINING = stage.TrainConfig(
+TRAINING = settings.TrainConfig(
   epochs=2.0, learning_rate=0.05, validate_epochs=1.0, save_epochs=1.0
 )
-SETTING = stage.RunConfig(
+SETTING = settings.RunConfig(
   seed=0,
   batch_size=8,
   evaluation_batch_size=4,
@@ -52,7 +55,7 @@ def make_arrays(count=16, split="train"):
 
 
 def spec(folder, *, network=None, seed=0):
-  return stage.ArmSpec(
+  return arms_lib.ArmSpec(
     kind="plain",
     network=network or tiny.Network(2, axis_name=devices.AXIS),
     seed=seed,
@@ -61,16 +64,16 @@ def spec(folder, *, network=None, seed=0):
   )
 
 
-def train_together(folder, specs, **changes):
+def train_together(folder, specs, *, inputs=(), may=False, **changes):
   log = []
   options = {"run_config": SETTING, "training": TRAINING, "log": log.append}
   stage.train_together(
-    "students",
+    stage.Stage("students", folder / "steps", all_may_diverge=may),
     specs,
+    inputs=stage.Inputs(
+      make_arrays(), make_arrays(4, "validation"), **dict(inputs)
+    ),
     **{**options, **changes},
-    folder=folder / "steps",
-    arrays=make_arrays(),
-    validation=make_arrays(4, "validation"),
   )
   return log
 
@@ -87,7 +90,7 @@ def train_together(folder, specs, **changes):
   ],
 )
 def test_epochs_or_steps(options, expected):
-  training = stage.TrainConfig(learning_rate=0.1, **options)
+  training = settings.TrainConfig(learning_rate=0.1, **options)
   assert training.steps(examples=80, batch_size=8) == expected
 
 
@@ -102,7 +105,7 @@ def shapes(**taps):
 
 
 def test_a_distiller_meets_the_teachers_grids_and_channels():
-  module, (features, grids) = stage.make_distiller(
+  module, (features, grids) = arms_lib.make_distiller(
     tiny.Network(3),
     shapes(low=(8, 5), high=(3, 7), s16=(2, 9)),
     objective.Method(terms={"m2bf": 1.0}, heads=2, generator_width=4),
@@ -119,7 +122,7 @@ def test_a_distiller_meets_the_teachers_grids_and_channels():
 
 
 def test_logits_need_no_distiller():
-  module, inputs = stage.make_distiller(
+  module, inputs = arms_lib.make_distiller(
     tiny.Network(3), {}, objective.Method(terms={"kd": 1.0}), size=tiny.SIDE
   )
   assert module is None
@@ -140,7 +143,9 @@ def test_logits_need_no_distiller():
 def test_a_missing_tap_is_named_with_those_there_are(teacher_out, tap, message):
   method = objective.Method(terms={"mbf": 1.0}, taps=(tap,))
   with pytest.raises(ValueError, match=message):
-    stage.make_distiller(tiny.Network(3), teacher_out, method, size=tiny.SIDE)
+    arms_lib.make_distiller(
+      tiny.Network(3), teacher_out, method, size=tiny.SIDE
+    )
 
 
 # ------------------------------------------------------------------ deviations
@@ -148,7 +153,7 @@ def test_a_missing_tap_is_named_with_those_there_are(teacher_out, tap, message):
 
 def measure(values, count=16):
   """`values` by batch, each [devices, B, h, w, C]."""
-  return stage.measure_teacher_std(
+  return prepare_lib.measure_teacher_std(
     lambda first: ((i, i, {}) for i in range(len(values))),
     lambda step, batch: {"teacher_out": {"low": values[batch], "logits": None}},
     count,
@@ -187,7 +192,7 @@ COLOURS = ("brightness", "contrast", "saturation", "hue", "gain", "tone")
 @pytest.mark.parametrize("oriented", [False, True])
 def test_what_was_oriented_before_is_not_moved_again(oriented):
   run_config = dataclasses.replace(SETTING, augment=dict.fromkeys(COLOURS, 0.0))
-  prepare = stage.make_prepare(run_config, None, None, oriented)
+  prepare = prepare_lib.parallel_prepare(run_config, None, None, oriented)
   image, mask = tiny.draw_lesions(8)
   prepared = prepare(0, devices.shard({"image": image, "mask": mask}))
   found = np.asarray(prepared["mask"]).reshape(mask.shape)
@@ -216,7 +221,7 @@ def variables_of(folder):
 @pytest.fixture
 def lone_updates(monkeypatch):
   """Lists the updates of arms that no stack has, as they are made."""
-  made, make_arms = [], stage.make_arms
+  made, make_arms = [], arms_lib.make_arms
 
   def counted(update):
     def call(state, prepared):
@@ -231,7 +236,7 @@ def lone_updates(monkeypatch):
       arm.step = counted(arm.step)
     return arms
 
-  monkeypatch.setattr(stage, "make_arms", make)
+  monkeypatch.setattr(arms_lib, "make_arms", make)
   return made
 
 
@@ -259,7 +264,7 @@ def test_contenders_train_stop_go_on_and_leave_their_best(
   assert not checkpoint.is_finished(torn / "a")
   with caplog.at_level("INFO", logger="kdseg"):
     train_together(torn, make(torn), run_config=run_config)
-  assert "goes on from step 2 of 4" in caplog.text
+  assert "resumes at step 2 of 4" in caplog.text
   for name in "ab":
     jax.tree.map(
       np.testing.assert_array_equal,
@@ -290,18 +295,18 @@ def test_contenders_train_stop_go_on_and_leave_their_best(
 def test_arms_that_are_alike_share_the_programs_that_draw_them(
   tmp_path, monkeypatch
 ):
-  made, on_processor = [], stage.networks.on_processor
+  made, on_processor = [], arms_lib.networks.on_processor
 
   def noted(function):
     made.append(function)
     return on_processor(function)
 
-  monkeypatch.setattr(stage.networks, "on_processor", noted)
+  monkeypatch.setattr(arms_lib.networks, "on_processor", noted)
   network = tiny.Network(2, axis_name=devices.AXIS)
   method = objective.make_method(
     {"terms": {"mbf": 1.0}, "taps": ("low",), "generator": "1x1"}
   )
-  distiller, inputs = stage.make_distiller(
+  distiller, inputs = arms_lib.make_distiller(
     network, shapes(low=(8, 5)), method, size=tiny.SIDE
   )
   specs = {}
@@ -316,7 +321,7 @@ def test_arms_that_are_alike_share_the_programs_that_draw_them(
         distiller=distiller,
         distiller_inputs=inputs,
       )
-  arms = stage.make_arms(specs, SETTING, TRAINING, steps=4)
+  arms = arms_lib.make_arms(specs, SETTING, TRAINING, steps=4)
   # One for the network, one for what mbf and rolled train beside it.
   assert len(made) == 2
   image = jnp.zeros((1, tiny.SIDE, tiny.SIDE, 3))
@@ -365,7 +370,7 @@ def test_seeds_at_once_are_what_they_are_one_by_one(tmp_path, lone_updates):
   method = objective.make_method(
     {"terms": {"mbf": 1.0, "kd": 1.0}, "taps": ("low",), "generator": "1x1"}
   )
-  distiller, inputs = stage.make_distiller(
+  distiller, inputs = arms_lib.make_distiller(
     network, shapes(low=(8, 5)), method, size=tiny.SIDE
   )
   records = []
@@ -387,8 +392,10 @@ def test_seeds_at_once_are_what_they_are_one_by_one(tmp_path, lone_updates):
         run_config=dataclasses.replace(SETTING, seeds_at_once=at_once),
         # Adam makes full steps of what is rounding noise.
         training=dataclasses.replace(TRAINING, optimizer="sgd"),
-        teach=step_lib.make_teach(teacher, ("low",)),
-        teacher_variables=weights,
+        inputs={
+          "teach": prepare_lib.make_teach(teacher, ("low",)),
+          "teacher_variables": weights,
+        },
       )
     )
     assert lone_updates == lone
@@ -416,7 +423,7 @@ def test_seeds_at_once_are_what_they_are_one_by_one(tmp_path, lone_updates):
 def test_one_that_diverges_among_its_kind_changes_nothing_for_the_others(
   tmp_path, monkeypatch
 ):
-  make_arms, sick = stage.make_arms, {"b"}
+  make_arms, sick = arms_lib.make_arms, {"b"}
 
   def poison(*arguments):
     arms = make_arms(*arguments)
@@ -426,7 +433,7 @@ def test_one_that_diverges_among_its_kind_changes_nothing_for_the_others(
       arms[name].state = devices.replicate(state.replace(params=params))
     return arms
 
-  monkeypatch.setattr(stage, "make_arms", poison)
+  monkeypatch.setattr(arms_lib, "make_arms", poison)
 
   def run(folder, **options):
     train_together(
@@ -476,7 +483,7 @@ def test_the_backend_decides_how_many_seeds_where_nobody_does(
 ):
   monkeypatch.setattr(jax, "default_backend", lambda: backend)
   monkeypatch.setattr(jax, "process_count", lambda: hosts)
-  assert stage.seeds_at_once(wanted) == expected
+  assert settings.seeds_at_once(wanted) == expected
 
 
 def test_one_that_diverges_says_why_and_saves_its_batch(tmp_path):
@@ -500,7 +507,7 @@ def test_one_that_diverges_says_why_and_saves_its_batch(tmp_path):
 
 def test_that_all_diverged_may_be_a_result(tmp_path):
   sick = spec(tmp_path / "sick", network=Poisoned(2, axis_name=devices.AXIS))
-  train_together(tmp_path, {"sick": sick}, all_may_diverge=True)
+  train_together(tmp_path, {"sick": sick}, may=True)
   about = json.loads((tmp_path / "sick" / "failed.json").read_text())
   assert "not finite at step 0" in about["diverged"]
 
@@ -519,7 +526,7 @@ def make_arm(value, **options):
     average={},
     balance={"task": jnp.asarray(0.5)},
   )
-  return loop.ArmState(state, step=None, **options)
+  return arms_lib.ArmState(state, step=None, **options)
 
 
 def test_arms_come_back_with_their_best_and_their_failures(tmp_path):
@@ -529,9 +536,9 @@ def test_arms_come_back_with_their_best_and_their_failures(tmp_path):
     "sick": make_arm(2.0, diverged="loss not finite at step 1"),
   }
   with checkpoint.open_checkpoints(tmp_path) as manager:
-    checkpoint.save(manager, 3, *stage._pack(arms))
+    checkpoints.save(manager, 3, arms)
     fresh = {"good": make_arm(0.0), "sick": make_arm(0.0)}
-    assert stage._resume(manager, fresh, "students", 9) == 3
+    assert checkpoints.resume(manager, fresh, "students", 9) == 3
   for name, arm in arms.items():
     np.testing.assert_array_equal(
       fresh[name].state.params["network"]["w"],
@@ -549,7 +556,7 @@ def test_arms_come_back_with_their_best_and_their_failures(tmp_path):
 
 def test_an_arm_without_weights_leaves_a_reason_in_their_place(tmp_path):
   arm = make_arm(1.0, diverged="loss not finite at step 1")
-  stage._write_result(spec(tmp_path / "x"), arm, steps=9)
+  checkpoints.write_result(spec(tmp_path / "x"), arm, steps=9)
   assert not checkpoint.is_finished(tmp_path / "x")
   about = json.loads((tmp_path / "x" / "failed.json").read_text())
   assert about["diverged"] == "loss not finite at step 1"

@@ -14,6 +14,7 @@ from kdseg.distill import objective
 from kdseg.networks.students import patch_unet
 from kdseg.runtime import devices
 from kdseg.training import optimizer
+from kdseg.training import prepare as prepare_lib
 from kdseg.training import state as state_lib
 from kdseg.training import step as step_lib
 
@@ -68,9 +69,9 @@ def first_state(method=METHOD, network=STUDENT, tx=TX, seed=SEED, average=True):
 
 
 def make_prepare():
-  return step_lib.make_prepare(
+  return prepare_lib.make_prepare(
     functools.partial(augment.augment, rotate=10.0),
-    step_lib.make_teach(TEACHER, METHOD.taps),
+    prepare_lib.make_teach(TEACHER, METHOD.taps),
   )
 
 
@@ -230,7 +231,7 @@ def test_the_teacher_stays_what_it_was():
 
 
 def test_no_gradient_reaches_the_teacher():
-  teach = step_lib.make_teach(TEACHER, ("low", "high"))
+  teach = prepare_lib.make_teach(TEACHER, ("low", "high"))
   image = jnp.asarray(tiny.draw_lesions(2)[0]) / 255.0
 
   def total(variables):
@@ -467,7 +468,7 @@ def convert(keys, image, mask):
 def prepare(batch, teach=None):
   """`prepare` on one device, without compiling."""
   return jax.vmap(
-    step_lib.make_prepare(convert, teach),
+    prepare_lib.make_prepare(convert, teach),
     (None, None, None, 0),
     axis_name=devices.AXIS,
   )(jnp.int32(0), jnp.int32(0), {"bias": 2.0}, batch)
@@ -511,14 +512,14 @@ def test_without_a_teacher_nothing_is_taught():
 def test_a_teacher_hands_over_its_logits_and_the_taps_asked_for():
   image = jnp.asarray(tiny.draw_lesions(2)[0]) / 255.0
   whole = TEACHER.apply(teacher_variables(), image)
-  found = step_lib.make_teach(TEACHER, ("high",))(teacher_variables(), image)
+  found = prepare_lib.make_teach(TEACHER, ("high",))(teacher_variables(), image)
   assert set(found) == {"logits", "high"}
   assert_equal(found, {name: whole[name] for name in found})
 
 
 def test_wide_taps_are_projected_and_narrow_ones_left():
   image = jnp.asarray(tiny.draw_lesions(1)[0]) / 255.0
-  teach = step_lib.make_teach(TEACHER, ("low", "high"), channels=5)
+  teach = prepare_lib.make_teach(TEACHER, ("low", "high"), channels=5)
   found = teach(teacher_variables(), image)
   # 5 channels at stride 4, 6 at stride 8.
   assert found["low"].shape[-1] == found["high"].shape[-1] == 5

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from kdseg.data import orientations as orientations_lib
-from kdseg.training import cache
+from kdseg.training import cached_outputs
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), np.uint8)
 
@@ -37,7 +37,7 @@ class Counting:
 def compute(
   function, directory, *, images=IMAGES, key="k", batch_size=2, **options
 ):
-  return cache.compute(
+  return cached_outputs.compute(
     function, images, directory, batch_size=batch_size, key=key, **options
   )
 
@@ -227,7 +227,7 @@ def test_an_average_is_that_of_the_eight_answers_brought_back():
     orientations_lib.orient(IMAGES[..., 0], o) / 255 * ramp for o in range(8)
   ]
   files = {"map": np.stack(answers).astype(np.float16)}
-  found = cache.average(files)["map"]
+  found = cached_outputs.average(files)["map"]
   assert found.shape == (1, 5, 4, 4)
   assert found.dtype == np.float16
   expected = np.mean(
@@ -238,5 +238,5 @@ def test_an_average_is_that_of_the_eight_answers_brought_back():
   # Turned and averaged is averaged and turned.
   turned = {"map": np.stack([views[o] for o in range(8)])}
   np.testing.assert_allclose(
-    cache.average(turned)["map"][0], views[0], atol=1e-3
+    cached_outputs.average(turned)["map"][0], views[0], atol=1e-3
   )
