@@ -119,7 +119,7 @@ prepare_environment() {
   fi
   call "$venv/bin/python" \
     -c "$(ask_jax "is LD_LIBRARY_PATH set to another CUDA?")"
-  program=("$venv/bin/python" -m kdseg.main)
+  program=("$venv/bin/kdseg" run)
 }
 
 # Builds the image of the commit; sets `program`.

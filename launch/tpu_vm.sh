@@ -133,7 +133,7 @@ $idle
 if [ \"\$(cat kdseg-src/COMMIT)\" != $commit ]; then
   echo 'another commit is on the VM: run setup first' >&2; exit 1
 fi
-KDSEG_COMMIT=$commit nohup kdseg-venv/bin/python -m kdseg.main \\
+KDSEG_COMMIT=$commit nohup kdseg-venv/bin/kdseg run \\
   --config $(quoted "kdseg-src/$config") \\
   --workdir $(quoted "$workdir")$distributed$flags \\
   > kdseg.log 2>&1 < /dev/null &
