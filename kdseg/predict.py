@@ -30,8 +30,8 @@ from kdseg.deploy import models
 from kdseg.deploy import pictures
 from kdseg.deploy import segmenter
 from kdseg.deploy import weights
+from kdseg.report import cells
 from kdseg.report import overlays
-from kdseg.report import scores
 from kdseg.runtime import commands
 from kdseg.runtime import files
 
@@ -223,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       writer.writeheader()
       try:
         for row in predict(model, paths, out, threshold=threshold):
-          writer.writerow({k: scores.safe_cell(str(v)) for k, v in row.items()})
+          writer.writerow({k: cells.safe(str(v)) for k, v in row.items()})
           done += 1
           if row["error"]:
             failed += 1

@@ -282,7 +282,7 @@ def test_any_names_come_back_from_scores(path, arm, ids):
       return False
 
   hypothesis.assume(all(map(is_name, (arm, *ids))))
-  rest = dict.fromkeys(metrics.METRICS, 0)
+  rest = dict.fromkeys(metrics.COLUMNS, 0)
   rows = [
     {"arm": arm, "seed": 0, "dataset": "x", "id": identity, **rest}
     for identity in ids

@@ -1,20 +1,17 @@
 """Scores of one predicted mask against the annotated one.
 
+`METRICS` has one record a metric; the columns of scores.csv, the headings and
+digits of the tables and what arms are compared by are derived from it.
+
 Overlap follows the official scorer of the ISIC challenges: masks at the
 image's own size, one value per image, the mean over images taken later (by
-`report.tables`). `pooled` gives the other convention in use, one value from
-the pixel counts of all images together.
-
-Boundaries are those of surface-distance (Nikolov et al., J Med Internet Res
-23(7):e26151, 2021): a mask's boundary consists of the corners of the pixel
-grid whose four pixels are not all alike, each weighted by the length of the
-contour through it. The world outside the image is background, so a lesion
-that touches the frame is closed along it, as if padded by one pixel.
+`report`). `pooled` gives the other convention in use, one value from the pixel
+counts of all images together.
 
 Distances are in pixels *of an image whose shorter side is `REFERENCE_SIDE`*
 (isotropic, whatever the image's own size is), so that a score means the same
 for a 767 x 576 and for a 4288 x 2848 image; `*_diagonal` are the same
-distances as a share of the image's diagonal.
+distances as a share of the image's diagonal. Boundaries: see `surface`.
 
 An empty mask scores by rule, is counted (`empty_prediction`), and is never
 left out:
@@ -30,62 +27,188 @@ fills the image (nothing was there to be missed), as the official scorer has
 it. Pixel accuracy needs no rule.
 """
 
+from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
+import dataclasses
+import functools
 import math
+from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-import scipy.ndimage
-import scipy.spatial
 
-METRICS = (
-  "dice",
-  "jaccard",
-  "accuracy",
-  "sensitivity",
-  "specificity",
-  "thresholded_jaccard",
-  "hd95",
-  "hd95_diagonal",
-  "assd",
-  "assd_diagonal",
-  "nsd",
-  "boundary_iou",
-  "true_positive",
-  "false_positive",
-  "false_negative",
-  "true_negative",
-  "height",
-  "width",
-  "empty_prediction",
-)
-COUNTS = (
-  "true_positive",
-  "false_positive",
-  "false_negative",
-  "true_negative",
-)
+from kdseg.evaluation import surface
+
 # Probability above which a pixel is lesion. The official scorer's "> 128 of
 # 255" on 8-bit masks is the same for masks of 0 and 255, which ours are.
 THRESHOLD = 0.5
 JACCARD_FLOOR = 0.65  # below it, ISIC's thresholded Jaccard is 0
 REFERENCE_SIDE = 256  # pixels
 TOLERANCE = 2  # of normalised surface Dice, in pixels at REFERENCE_SIDE
-PERCENTILE = 0.95  # of HD95
 BAND_SHARE = 0.02  # of the diagonal, the band's width in boundary IoU
 
-# Contour length through a pixel corner, by which of its four pixels belong to
-# the mask (bits: 8 top left, 4 top right, 2 bottom left, 1 bottom right).
-_CORNER, _EDGE, _SADDLE = math.sqrt(2) / 2, 1.0, math.sqrt(2)
-_CONTOUR_LENGTH = np.array(
-  [
-    *(0, _CORNER, _CORNER, _EDGE),
-    *(_CORNER, _EDGE, _SADDLE, _CORNER),
-    *(_CORNER, _SADDLE, _EDGE, _CORNER),
-    *(_EDGE, _CORNER, _CORNER, 0),
-  ]
+
+class Counts(NamedTuple):
+  """Pixels of one image, or of many images together."""
+
+  true_positive: int
+  false_positive: int
+  false_negative: int
+  true_negative: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+  """The predicted and the annotated mask of one image, bool [h, w].
+
+  What several metrics share is computed once, in pixels of the image itself.
+  """
+
+  prediction: np.ndarray
+  truth: np.ndarray
+
+  @property
+  def shorter(self) -> int:
+    """Returns the shorter side of the image."""
+    return min(self.truth.shape)
+
+  @property
+  def diagonal(self) -> float:
+    """Returns the length of the image's diagonal."""
+    return math.hypot(*self.truth.shape)
+
+  @functools.cached_property
+  def counts(self) -> Counts:
+    """Counts right and wrong pixels."""
+    hit = int(np.count_nonzero(self.prediction & self.truth))
+    extra = int(np.count_nonzero(self.prediction)) - hit
+    missed = int(np.count_nonzero(self.truth)) - hit
+    return Counts(hit, extra, missed, self.truth.size - hit - extra - missed)
+
+  @functools.cached_property
+  def boundaries(self) -> surface.Surface:
+    """Compares the boundaries; an empty mask is compared by rule."""
+    empty = not self.prediction.any(), not self.truth.any()
+    if any(empty):
+      share = 0.0 if all(empty) else 1.0
+      far = share * self.diagonal
+      return surface.Surface(far, far, 1.0 - share, 1.0 - share)
+    return surface.compare(
+      self.prediction,
+      self.truth,
+      tolerance=TOLERANCE * self.shorter / REFERENCE_SIDE,
+      band=max(1, round(BAND_SHARE * self.diagonal)),
+    )
+
+  def at_reference_size(self, distance: float) -> float:
+    """Brings a distance to pixels at a shorter side of REFERENCE_SIDE."""
+    return distance * (REFERENCE_SIDE / self.shorter)
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+  """One metric: its column of scores.csv and its place in the tables.
+
+  Attributes:
+    name: of the column.
+    label: heading in the tables; what follows a comma is the unit.
+    function: maps a `Pair`, or its `Counts`, to a finite number.
+    takes: "counts" or "pair". A metric of counts can be pooled.
+    digits: shown after the point.
+    lower_is_better: as of a distance.
+    compared: stands in the main table, and arms are compared by it.
+  """
+
+  name: str
+  label: str
+  function: Callable[[Any], float]
+  takes: str = "pair"
+  digits: int = 4
+  lower_is_better: bool = False
+  compared: bool = False
+
+
+def _share(part: int, whole: int) -> float:
+  return part / whole if whole else 1.0
+
+
+def _dice(counts: Counts) -> float:
+  hit, extra, missed, _ = counts
+  return _share(2 * hit, 2 * hit + extra + missed)
+
+
+def _jaccard(counts: Counts) -> float:
+  hit, extra, missed, _ = counts
+  return _share(hit, hit + extra + missed)
+
+
+def _thresholded_jaccard(counts: Counts) -> float:
+  jaccard = _jaccard(counts)
+  return jaccard if jaccard >= JACCARD_FLOOR else 0.0
+
+
+METRICS = (
+  Metric("dice", "Dice", _dice, "counts", compared=True),
+  Metric("jaccard", "Jaccard", _jaccard, "counts", compared=True),
+  Metric("accuracy", "accuracy", lambda c: (c[0] + c[3]) / sum(c), "counts"),
+  Metric(
+    "sensitivity", "sensitivity", lambda c: _share(c[0], c[0] + c[2]), "counts"
+  ),
+  Metric(
+    "specificity", "specificity", lambda c: _share(c[3], c[3] + c[1]), "counts"
+  ),
+  Metric(
+    "thresholded_jaccard",
+    f"Jaccard, 0 below {JACCARD_FLOOR}",
+    _thresholded_jaccard,
+    "counts",
+  ),
+  Metric(
+    "hd95",
+    "HD95, px",
+    lambda pair: pair.at_reference_size(pair.boundaries.hd95),
+    digits=2,
+    lower_is_better=True,
+    compared=True,
+  ),
+  Metric(
+    "hd95_diagonal",
+    "HD95 / diagonal",
+    lambda pair: pair.boundaries.hd95 / pair.diagonal,
+    lower_is_better=True,
+  ),
+  Metric(
+    "assd",
+    "ASSD, px",
+    lambda pair: pair.at_reference_size(pair.boundaries.assd),
+    digits=2,
+    lower_is_better=True,
+    compared=True,
+  ),
+  Metric(
+    "assd_diagonal",
+    "ASSD / diagonal",
+    lambda pair: pair.boundaries.assd / pair.diagonal,
+    lower_is_better=True,
+  ),
+  Metric(
+    "nsd",
+    f"NSD at {TOLERANCE} px",
+    lambda pair: pair.boundaries.nsd,
+    compared=True,
+  ),
+  Metric(
+    "boundary_iou",
+    "boundary IoU",
+    lambda pair: pair.boundaries.boundary_iou,
+    compared=True,
+  ),
 )
+# What else scores.csv says of an image, in whole numbers.
+FACTS = (*Counts._fields, "height", "width", "empty_prediction")
+COLUMNS = (*(metric.name for metric in METRICS), *FACTS)
 
 
 def resize_probability(
@@ -139,12 +262,12 @@ def score(
     threshold: probability above which a pixel counts as lesion.
 
   Returns:
-    A dict with the keys `METRICS`, in that order. Counts are in pixels of the
+    A dict with the keys `COLUMNS`, in that order. Counts are in pixels of the
     image itself, `hd95` and `assd` in pixels at a shorter side of 256.
 
   Raises:
-    ValueError: on NaN or infinity, on values outside [0, 1] (logits, for
-      example), on integer arrays, and when the two sizes differ.
+    ValueError: on NaN, infinity, values outside [0, 1] (logits, for example),
+      integer arrays, and when the two sizes differ.
   """
   probability, truth = np.asarray(probability), np.asarray(truth)
   if truth.dtype != bool or truth.ndim != 2 or 0 in truth.shape:
@@ -157,29 +280,25 @@ def score(
       f"the prediction has shape {probability.shape}, the annotation "
       f"{truth.shape}: resize the prediction (resize_probability) first"
     )
-  if probability.dtype == bool:
-    prediction = probability
-  else:
+  if probability.dtype != bool:
     _check_probability(probability)
-    prediction = probability > threshold
-
-  counts = _counts(prediction, truth)
-  overlap = _overlap(**counts)
-  height, width = truth.shape
-  jaccard = overlap["jaccard"]
-  values = {
-    **overlap,
-    "thresholded_jaccard": jaccard if jaccard >= JACCARD_FLOOR else 0.0,
-    **_boundary(prediction, truth),
-    **counts,
-    "height": height,
-    "width": width,
-    "empty_prediction": int(not prediction.any()),
+    probability = probability > threshold
+  pair = Pair(probability, truth)
+  return {
+    **{
+      metric.name: metric.function(
+        pair.counts if metric.takes == "counts" else pair
+      )
+      for metric in METRICS
+    },
+    **pair.counts._asdict(),
+    "height": truth.shape[0],
+    "width": truth.shape[1],
+    "empty_prediction": int(not probability.any()),
   }
-  return {name: values[name] for name in METRICS}
 
 
-def pooled(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:
+def pooled(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
   """Scores many images as if their pixels were one image.
 
   The convention of EGE-UNet, MALUNet and others; large lesions and large
@@ -187,10 +306,10 @@ def pooled(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:
   a mean over images is not.
 
   Args:
-    rows: one mapping an image, with the four pixel counts in `COUNTS`.
+    rows: one mapping an image, with the pixel counts of `Counts`.
 
   Returns:
-    dice, jaccard, accuracy, sensitivity and specificity.
+    Every metric of counts.
 
   Raises:
     ValueError: when there is no row.
@@ -199,9 +318,14 @@ def pooled(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:
   if not rows:
     raise ValueError("cannot pool the pixels of no image")
   # Python integers: 379 images of 12 million pixels pass 2**31.
-  return _overlap(
-    **{name: sum(int(row[name]) for row in rows) for name in COUNTS}
+  counts = Counts(
+    *(sum(int(row[name]) for row in rows) for name in Counts._fields)
   )
+  return {
+    metric.name: metric.function(counts)
+    for metric in METRICS
+    if metric.takes == "counts"
+  }
 
 
 def _check_probability(probability: np.ndarray) -> None:
@@ -221,141 +345,3 @@ def _check_probability(probability: np.ndarray) -> None:
     raise ValueError(
       f"probabilities lie in [0, 1], got {low:g} to {high:g}; are these logits?"
     )
-
-
-def _counts(prediction: np.ndarray, truth: np.ndarray) -> dict[str, int]:
-  true_positive = int(np.count_nonzero(prediction & truth))
-  false_positive = int(np.count_nonzero(prediction)) - true_positive
-  false_negative = int(np.count_nonzero(truth)) - true_positive
-  return {
-    "true_positive": true_positive,
-    "false_positive": false_positive,
-    "false_negative": false_negative,
-    "true_negative": (
-      truth.size - true_positive - false_positive - false_negative
-    ),
-  }
-
-
-def _overlap(
-  true_positive: int,
-  false_positive: int,
-  false_negative: int,
-  true_negative: int,
-) -> dict[str, float]:
-  union = true_positive + false_positive + false_negative
-  lesion = true_positive + false_negative
-  background = true_negative + false_positive
-  return {
-    "dice": 2 * true_positive / (union + true_positive) if union else 1.0,
-    "jaccard": true_positive / union if union else 1.0,
-    "accuracy": (true_positive + true_negative) / (lesion + background),
-    "sensitivity": true_positive / lesion if lesion else 1.0,
-    "specificity": true_negative / background if background else 1.0,
-  }
-
-
-def _boundary(prediction: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-  height, width = truth.shape
-  shorter = min(height, width)
-  diagonal = math.hypot(height, width)
-  empty = not prediction.any(), not truth.any()
-  if any(empty):
-    share = 0.0 if all(empty) else 1.0
-    hd95 = assd = share * diagonal
-    nsd = boundary_iou = 1.0 - share
-  else:
-    # Nothing outside the joint bounding box has a say: no boundary is there.
-    box = _bounding_box(prediction | truth)
-    prediction, truth = prediction[box], truth[box]
-    hd95, assd, nsd = _surface(
-      prediction, truth, tolerance=TOLERANCE * shorter / REFERENCE_SIDE
-    )
-    boundary_iou = _boundary_iou(
-      prediction, truth, max(1, round(BAND_SHARE * diagonal))
-    )
-  scale = REFERENCE_SIDE / shorter
-  return {
-    "hd95": hd95 * scale,
-    "hd95_diagonal": hd95 / diagonal,
-    "assd": assd * scale,
-    "assd_diagonal": assd / diagonal,
-    "nsd": nsd,
-    "boundary_iou": boundary_iou,
-  }
-
-
-def _bounding_box(mask: np.ndarray) -> tuple[slice, slice]:
-  rows = np.flatnonzero(mask.any(1))
-  columns = np.flatnonzero(mask.any(0))
-  return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
-
-
-def _contour(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Gives the boundary's corners [n, 2] and the contour's length at each."""
-  # Not a view: Pillow hands out bools whose bytes are 255.
-  padded = np.pad(mask, 1).astype(np.uint8)
-  code = padded[:-1, :-1] * np.uint8(8)
-  code += padded[:-1, 1:] * np.uint8(4)
-  code += padded[1:, :-1] * np.uint8(2)
-  code += padded[1:, 1:]
-  flat = np.flatnonzero((code != 0) & (code != 15))
-  points = np.stack(np.divmod(flat, code.shape[1]), axis=1)
-  return points, _CONTOUR_LENGTH[code.ravel()[flat]]
-
-
-def _surface(
-  prediction: np.ndarray, truth: np.ndarray, *, tolerance: float
-) -> tuple[float, float, float]:
-  """Compares two boundaries; distances in pixels of the arrays.
-
-  HD95: the larger of the two directions' 95th percentiles. ASSD: the mean
-  over both boundaries together. NSD: the share of both within `tolerance`.
-  Each is weighted by contour length.
-  """
-  predicted, predicted_length = _contour(prediction)
-  true, true_length = _contour(truth)
-  # A tree over a few thousand corners instead of a distance transform over
-  # millions of pixels; exact, and squared distances are integers.
-  to_true = _squared_distance(predicted, true)
-  to_predicted = _squared_distance(true, predicted)
-  hd95 = max(
-    _percentile(to_true, predicted_length),
-    _percentile(to_predicted, true_length),
-  )
-  squared = np.concatenate([to_true, to_predicted])
-  length = np.concatenate([predicted_length, true_length])
-  assd = np.average(np.sqrt(squared), weights=length)
-  nsd = np.average(squared <= tolerance**2, weights=length)
-  return float(hd95), float(assd), float(nsd)
-
-
-def _squared_distance(points: np.ndarray, others: np.ndarray) -> np.ndarray:
-  tree = scipy.spatial.cKDTree(others, balanced_tree=False, compact_nodes=False)
-  _, nearest = tree.query(points)
-  return np.square(points - others[nearest]).sum(1)
-
-
-def _percentile(squared: np.ndarray, length: np.ndarray) -> float:
-  order = np.lexsort((length, squared))
-  reached = np.cumsum(length[order]) / length.sum()
-  index = min(np.searchsorted(reached, PERCENTILE), len(order) - 1)
-  return math.sqrt(squared[order[index]])
-
-
-def _boundary_iou(
-  prediction: np.ndarray, truth: np.ndarray, width: int
-) -> float:
-  """Boundary IoU (Cheng et al., CVPR 2021, eq. 1), both masks not empty.
-
-  The band is what `width` erosions by a 3 x 3 square take away, the frame
-  counting as background, as in the authors' code.
-  """
-  predicted, true = _inner_band(prediction, width), _inner_band(truth, width)
-  union = np.count_nonzero(predicted | true)
-  return float(np.count_nonzero(predicted & true) / union)
-
-
-def _inner_band(mask: np.ndarray, width: int) -> np.ndarray:
-  depth = scipy.ndimage.distance_transform_cdt(np.pad(mask, 1), "chessboard")
-  return mask & (depth[1:-1, 1:-1] <= width)

@@ -4,18 +4,18 @@ Two arms are compared on the same images with the same seeds: `baseline` and
 `method` are [seeds, images], one metric, and everything here looks at the
 differences method - baseline only.
 
-No single number answers the question, so a table shows three (PROTOCOL 3):
+No single number answers the question, so a table shows three:
 
 * `hierarchical_bootstrap`: the interval, over seeds and images. With few
   seeds it is too narrow where seeds differ more than images do: resampling S
-  seeds sees (S - 1) / S of their variance, and knows nothing of the heavy
-  tails of few. In simulations with 379 images, a seed sd of .01 and an image
-  sd of .02 its "95 %" covered 78 % at 3 seeds, 87 % at 5, 92 % at 10; with a
-  seed sd of .005 and an image sd of .05, 95 to 96 %.
+  seeds has (S - 1) / S of their variance and too light tails. In simulations
+  with 379 images, a seed sd of .01 and an image sd of .02 its "95 %" covered
+  78 % at 3 seeds, 87 % at 5, 92 % at 10; with a seed sd of .005 and an image
+  sd of .05, 95 to 96 %.
 * `random_effects_interval`: the same question by analysis of variance and
   Student's t, which pays for few seeds with width: 93 to 96 % in all of
   those.
-* `wilcoxon`, corrected by `holm`: over images only. It says whether *these*
+* `wilcoxon`, corrected by `holm`: over images only. It tells whether *these*
   runs differ on such images, not whether new runs would.
 """
 
@@ -29,25 +29,25 @@ _CHUNK = 1000  # resamples at a time: 1000 x 1000 images are 8 MB
 
 
 class Interval(NamedTuple):
-  """A difference or a mean, and where it may lie.
+  """A difference or a mean, and its interval.
 
-  `low` and `high` are NaN where there is nothing to tell it by. `over` says
-  what was taken as a sample of more: "seeds and images", "images" (one seed:
-  the interval knows nothing of the luck of training), or "seeds".
+  `low` and `high` are NaN for a single value. `over` says what was taken as a
+  sample: "seeds and images", "images" (one seed: the interval leaves out the
+  luck of training), or "seeds".
   """
 
-  value: float | np.ndarray
-  low: float | np.ndarray
-  high: float | np.ndarray
+  value: float
+  low: float
+  high: float
   over: str
 
 
 class Wilcoxon(NamedTuple):
   """The smaller rank sum, the two-sided p, and how many images differ.
 
-  `leaning` is 1 if the ranks lean to the method, -1 if to the baseline, else
-  0. It need not be the sign of the mean difference: a few lost lesions can
-  outweigh many small gains.
+  `leaning` is 1 if the method has the larger rank sum, -1 if the baseline has
+  it, else 0. It need not be the sign of the mean difference: a few lost
+  lesions can outweigh many small gains.
   """
 
   statistic: float
@@ -63,58 +63,57 @@ def hierarchical_bootstrap(
   resamples: int = 10_000,
   seed: int,
   level: float = 0.95,
-) -> Interval:
-  """Gives the percentile interval of the mean difference.
+) -> list[Interval]:
+  """Returns the percentile interval of each metric's mean difference.
 
   Each resample draws seeds with replacement and images with replacement, and
   averages the difference over the drawn seeds crossed with the drawn images:
   the arms stay paired by both. (Every seed was scored on the same images, so
   the two are crossed; for what it estimates see Owen, Ann Appl Stat 1(2),
-  2007.)
+  2007.) All metrics share the draws.
 
   Args:
-    baseline: [seeds, images] or [seeds, images, metrics] finite.
+    baseline: [seeds, images, metrics] finite.
     method: the same shape, the same seeds and images in the same order.
     resamples: how many; 10 000 settle the ends of a 95 % interval.
     seed: of the draws; the result depends on nothing else.
     level: share of the resamples between the two ends.
 
   Returns:
-    The mean of method - baseline and its interval: floats, or [metrics].
-    One seed is not resampled, and one image neither: `over` says so.
+    [metrics] means of method - baseline, with intervals. A single seed is not
+    resampled: `over` says so.
 
   Raises:
     ValueError: on other shapes, values that are not finite, or a level
       outside (0, 1).
   """
-  difference = _paired(baseline, method)
+  difference = _paired(baseline, method, ndim=3)
   _check_level(level)
   if resamples < 1:
     raise ValueError(f"resamples has to be at least 1, got {resamples}")
-  seeds, images = difference.shape[:2]
-  value = difference.mean((0, 1))
-  flat = difference.reshape(seeds, images, -1)
+  seeds, images, metrics = difference.shape
   rng = np.random.default_rng(seed)
-  means = np.empty((resamples, flat.shape[2]))
+  means = np.empty((resamples, metrics))
   for start in range(0, resamples, _CHUNK):
     count = min(_CHUNK, resamples - start)
     of_seeds = _draw_counts(rng, seeds, count) / seeds
     of_images = _draw_counts(rng, images, count) / images
-    for metric in range(flat.shape[2]):
-      by_seed = of_images @ flat[:, :, metric].T
+    for metric in range(metrics):
+      by_seed = of_images @ difference[:, :, metric].T
       means[start : start + count, metric] = (by_seed * of_seeds).sum(1)
   tail = (1 - level) / 2
-  low, high = np.quantile(means, [tail, 1 - tail], axis=0)
+  ends = np.quantile(means, [tail, 1 - tail], axis=0)
   over = "seeds and images" if seeds > 1 else "images"
-  if difference.ndim == 2:
-    return Interval(float(value), float(low[0]), float(high[0]), over)
-  return Interval(value, low, high, over)
+  return [
+    Interval(float(value), float(low), float(high), over)
+    for value, low, high in zip(difference.mean((0, 1)), *ends)
+  ]
 
 
 def random_effects_interval(
   baseline: np.ndarray, method: np.ndarray, *, level: float = 0.95
 ) -> Interval:
-  """Gives a Student's t interval of the mean difference.
+  """Returns Student's t interval of the mean difference.
 
   Two-way random effects, difference[s, n] = mu + seed[s] + image[n] + rest,
   as in the analysis of several readers and several cases (Obuchowski and
@@ -137,9 +136,7 @@ def random_effects_interval(
     ValueError: on other shapes, values that are not finite, or a level
       outside (0, 1).
   """
-  difference = _paired(baseline, method)
-  if difference.ndim != 2:
-    raise ValueError(f"expected [seeds, images], got {difference.shape}")
+  difference = _paired(baseline, method, ndim=2)
   _check_level(level)
   seeds, images = difference.shape
   if seeds == 1 or images == 1:
@@ -171,7 +168,7 @@ def interval_of_mean(
   level: float = 0.95,
   over: str = "seeds",
 ) -> Interval:
-  """Gives Student's t interval of a mean.
+  """Returns Student's t interval of a mean.
 
   Args:
     values: [n] finite, for example one mean Dice a seed.
@@ -203,12 +200,12 @@ def interval_of_mean(
 
 
 def wilcoxon(baseline: np.ndarray, method: np.ndarray) -> Wilcoxon:
-  """Tests whether images lean to one arm (signed ranks, two-sided).
+  """Tests whether images favour one arm (signed ranks, two-sided).
 
   Each image enters once, with its mean over the seeds, so that n is the
   number of images however many seeds there are. Images without a difference
-  are left out (Wilcoxon's way); up to 50 without ties are counted exactly,
-  else the normal approximation with its correction for ties.
+  are left out (Wilcoxon's way). The p value of up to 50 images without ties is
+  exact, else the normal approximation with its correction for ties.
 
   Args:
     baseline: [seeds, images] finite.
@@ -220,9 +217,7 @@ def wilcoxon(baseline: np.ndarray, method: np.ndarray) -> Wilcoxon:
   Raises:
     ValueError: on other shapes or values that are not finite.
   """
-  difference = _paired(baseline, method)
-  if difference.ndim != 2:
-    raise ValueError(f"expected [seeds, images], got {difference.shape}")
+  difference = _paired(baseline, method, ndim=2)
   by_image = difference.mean(0)
   by_image = by_image[by_image != 0]
   if not by_image.size:
@@ -266,18 +261,18 @@ def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:
   return adjusted
 
 
-def _paired(baseline: np.ndarray, method: np.ndarray) -> np.ndarray:
+def _paired(
+  baseline: np.ndarray, method: np.ndarray, *, ndim: int
+) -> np.ndarray:
   baseline, method = np.asarray(baseline, float), np.asarray(method, float)
   if baseline.shape != method.shape:
     raise ValueError(
       f"the baseline is {baseline.shape}, the method {method.shape}: they "
       "need the same seeds and images, in the same order"
     )
-  if baseline.ndim not in (2, 3) or 0 in baseline.shape:
-    raise ValueError(
-      f"expected [seeds, images] or [seeds, images, metrics], got "
-      f"{baseline.shape}"
-    )
+  if baseline.ndim != ndim or 0 in baseline.shape:
+    axes = ("seeds", "images", "metrics")[:ndim]
+    raise ValueError(f"expected [{', '.join(axes)}], got {baseline.shape}")
   difference = method - baseline
   if not np.isfinite(difference).all():
     seed, image = np.argwhere(~np.isfinite(difference))[0][:2]
@@ -288,7 +283,7 @@ def _paired(baseline: np.ndarray, method: np.ndarray) -> np.ndarray:
 
 
 def _draw_counts(rng: np.random.Generator, n: int, times: int) -> np.ndarray:
-  """Draws n of n with replacement; says how often each came up [times, n]."""
+  """Draws n of n with replacement; returns how often each came [times, n]."""
   drawn = rng.integers(n, size=(times, n)) + n * np.arange(times)[:, None]
   return np.bincount(drawn.ravel(), minlength=times * n).reshape(times, n)
 

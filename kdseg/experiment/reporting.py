@@ -94,7 +94,7 @@ def _describe_protocol(
   arm_ids: list[config_lib.ArmId],
   extensions: extensions_lib.Extensions,
 ) -> dict[str, Any]:
-  """Returns what `report.summary` calls meta."""
+  """Returns what `report.meta` calls meta."""
   size = config.data.size
   arms, notes = {}, []
   folders = {name: workdir / "teachers" / name for name in config.teachers}

@@ -12,8 +12,8 @@ import pathlib
 import sys
 from typing import Any
 
+from kdseg.report import meta as meta_lib
 from kdseg.report import scores
-from kdseg.report import summary
 from kdseg.report import tables
 from kdseg.runtime import commands
 from kdseg.runtime import files
@@ -22,12 +22,11 @@ from kdseg.runtime import files
 def main(argv: Sequence[str] | None = None) -> int:
   """Reads scores.csv and report.json, writes table.md, .csv and .tex.
 
-  A folder of its own for them gets the joined scores.csv and report.json too,
-  so that it can be rebuilt or joined in its turn.
+  An --out folder gets the joined scores.csv and report.json too, so that it can
+  be rebuilt, or joined with others, later.
 
   Args:
-    argv: the arguments after the command's name; those of the process if
-      None.
+    argv: the arguments after the command's name; of the process if None.
 
   Returns:
     0, or 1 after an error, which is printed.
@@ -76,10 +75,9 @@ def _load(
     if not path.is_file():
       raise ValueError(f"{path} does not exist: {folder} has no scores yet")
     rows, dropped = scores.recover(path)
-    for arm, seed, dataset in dropped:
+    for group in dropped:
       print(
-        f"warning: {path}: {arm}, seed {seed}, on {dataset} is cut off and "
-        "was left out",
+        f"warning: {path}: {scores.title(group)} is cut off and was left out",
         file=sys.stderr,
       )
     parts.append(rows)
@@ -96,7 +94,7 @@ def _load(
       "warning: no report.json; the protocol lines say 'not stated'",
       file=sys.stderr,
     )
-  return scores.merge(*parts), summary.merge_meta(stated)
+  return scores.merge(*parts), meta_lib.merge(stated)
 
 
 def _read_meta(path: pathlib.Path) -> dict[str, Any] | None:

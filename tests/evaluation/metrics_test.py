@@ -142,7 +142,7 @@ class TestOverlap:
 
   def test_keys_come_in_the_order_of_the_file(self):
     got = metrics.score(square(8, 2, 3, 4), square(8, 2, 2, 4))
-    assert tuple(got) == metrics.METRICS
+    assert tuple(got) == metrics.COLUMNS
 
   def test_height_and_width_are_not_swapped(self):
     got = metrics.score(np.ones((3, 5), bool), np.ones((3, 5), bool))
@@ -323,7 +323,7 @@ class TestPooled:
   def test_pools_pixels_not_images(self):
     # A small lesion missed and a large one found: TP 0 + 90, FP 0 + 10,
     # FN 10 + 0, TN 90 + 0.
-    names = metrics.COUNTS
+    names = metrics.Counts._fields
     rows = [
       dict(zip(names, (0, 0, 10, 90))),
       dict(zip(names, (90, 10, 0, 0))),

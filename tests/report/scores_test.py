@@ -150,9 +150,9 @@ class TestBadRows:
 
   def test_missing_and_unknown_columns_are_named(self, path):
     rows = make_rows()
-    del rows[0]["nsd"]
+    del rows[0]["dice"]
     rows[0]["colour"] = 3
-    with pytest.raises(ValueError, match="missing nsd, unknown colour"):
+    with pytest.raises(ValueError, match="missing dice, unknown colour"):
       scores.write(path, rows)
 
   def test_an_empty_name_is_refused(self, path):
@@ -230,7 +230,7 @@ class TestBadRows:
     scores.write(path, make_rows())
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([*lines, lines[2]]))
-    with pytest.raises(ValueError, match="image b of ph2 appears twice"):
+    with pytest.raises(ValueError, match="image b appears twice for student"):
       scores.read(path)
 
 
@@ -313,7 +313,7 @@ class TestAppend:
     assert scores.read(path) == first + second
 
   def test_new_rows_are_held_to_the_expected_images(self, path):
-    with pytest.raises(ValueError, match="3 rows for ph2, which has 4"):
+    with pytest.raises(ValueError, match="on ph2: 3 rows for 4 images; 'd'"):
       scores.append(path, make_rows(), {"ph2": "abcd"})
     assert not path.exists()
 

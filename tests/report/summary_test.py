@@ -7,6 +7,7 @@ import pytest
 
 from kdseg.evaluation import metrics
 from kdseg.evaluation import statistics
+from kdseg.report import meta
 from kdseg.report import summary
 
 FAST = {"bootstrap": {"resamples": 400}}
@@ -18,7 +19,7 @@ def make_row(arm, seed, dataset, identity, dice):
   """One row whose every score follows from its Dice."""
   hit = round(1000 * dice)
   jaccard = dice / (2 - dice)
-  row = dict.fromkeys(metrics.METRICS, dice)
+  row = dict.fromkeys(metrics.COLUMNS, dice)
   row |= {
     "jaccard": jaccard,
     "thresholded_jaccard": jaccard * (jaccard >= 0.65),
@@ -131,7 +132,9 @@ class TestComparisons:
       np.array([row["dice"] for row in rows]).reshape(3, 60)
       for rows in (baseline, method)
     )
-    want = statistics.hierarchical_bootstrap(one, other, resamples=400, seed=0)
+    (want,) = statistics.hierarchical_bootstrap(
+      one[..., None], other[..., None], resamples=400, seed=0
+    )
     assert got.intervals["dice"][:3] == pytest.approx(want[:3])
     assert got.random_effects == statistics.random_effects_interval(one, other)
     assert got.wilcoxon == statistics.wilcoxon(one, other)
@@ -500,7 +503,7 @@ class TestMergeMeta:
   def test_unions_what_agrees(self):
     one = {"arms": {"a": {"parameters": 1}}, "notes": ["x"], "teacher": "t"}
     other = {"arms": {"b": {"parameters": 2}}, "notes": ["x", "y"]}
-    assert summary.merge_meta([one, other]) == {
+    assert meta.merge([one, other]) == {
       "arms": {"a": {"parameters": 1}, "b": {"parameters": 2}},
       "notes": ["x", "y"],
       "teacher": "t",
@@ -509,12 +512,12 @@ class TestMergeMeta:
   @pytest.mark.parametrize("order", [1, -1])
   def test_a_control_of_the_teacher_takes_the_others_gate(self, order):
     metas = [{"teacher": "t"}, {"teacher": ""}, {"notes": []}, {"teacher": "t"}]
-    assert summary.merge_meta(metas[::order])["teacher"] == "t"
-    assert summary.merge_meta([{"teacher": ""}] * 2)["teacher"] == ""
+    assert meta.merge(metas[::order])["teacher"] == "t"
+    assert meta.merge([{"teacher": ""}] * 2)["teacher"] == ""
 
   def test_leaves_its_arguments_alone(self):
     one = {"arms": {"a": {"parameters": 1}}, "notes": ["x"]}
-    summary.merge_meta([one, {"arms": {"b": {}}, "notes": ["y"]}])
+    meta.merge([one, {"arms": {"b": {}}, "notes": ["y"]}])
     assert one == {"arms": {"a": {"parameters": 1}}, "notes": ["x"]}
 
   @pytest.mark.parametrize(
@@ -536,7 +539,7 @@ class TestMergeMeta:
   )
   def test_two_protocols_do_not_share_a_line(self, one, other, where):
     with pytest.raises(ValueError, match=where):
-      summary.merge_meta([one, other])
+      meta.merge([one, other])
 
 
 class TestBadInput:

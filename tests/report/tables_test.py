@@ -48,8 +48,8 @@ def make_rows(arm, mean, *, seeds=2, dataset="ph2", images=12):
   for seed in range(seeds):
     for i in range(images):
       dice = mean + 0.01 * own.normal()
-      row = dict.fromkeys(metrics.METRICS, dice)
-      row |= dict.fromkeys((*metrics.COUNTS, "height", "width"), 100)
+      row = dict.fromkeys(metrics.COLUMNS, dice)
+      row |= dict.fromkeys((*metrics.Counts._fields, "height", "width"), 100)
       row |= {"hd95": 12.345, "empty_prediction": int(i == 0)}
       rows.append(
         {"arm": arm, "seed": seed, "dataset": dataset, "id": f"{i}", **row}

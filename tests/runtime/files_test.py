@@ -54,7 +54,7 @@ def numbers(seed, count=3000):
 
 
 def row(seed, number):
-  values = dict.fromkeys(metrics.METRICS, 1)
+  values = dict.fromkeys(metrics.COLUMNS, 1)
   names = {"arm": "x", "seed": seed, "dataset": "d", "id": f"i{number}"}
   return names | values
 
