@@ -1,8 +1,8 @@
 """A picture of cases: the lesion as annotated and as predicted, outlined.
 
-Worst, median and best say more than the best alone: a mean hides lost
-lesions. `pick` chooses them by Dice, `overlays` draws them, one column an
-arm, one row a rank.
+A mean hides lost lesions, so the worst and the median case are shown beside
+the best. `pick` chooses them by Dice, `overlays` draws them, one column an arm,
+one row a rank.
 """
 
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ import scipy.ndimage
 from kdseg.report import scores
 
 RANKS = ("worst", "median", "best")
-# Told apart by people with any colour vision, and from skin and lesions.
+# Distinct in any colour vision, and from skin and lesions.
 TRUTH_COLOUR = (0, 229, 255)
 PREDICTION_COLOUR = (255, 214, 0)
 _INK = (28, 32, 36)
@@ -27,10 +27,12 @@ _TILE = 320  # pixels, the longer side of a case
 _GAP = 18
 _MARGIN = 28
 
+_Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """One image with what was said about it.
+  """One image with its annotated and its predicted mask.
 
   `rank` is the row's name ("worst", ...), `dice` as in scores.csv; `image`
   uint8 [h, w, 3], `truth` and `prediction` bool [h, w].
@@ -56,7 +58,7 @@ def pick(rows: Iterable[scores.Row]) -> dict[str, str]:
     and of an even number the lower median is taken.
 
   Raises:
-    ValueError: when the rows are none, or of several groups.
+    ValueError: on no row, or rows of several groups.
   """
   rows = list(rows)
   if len(scores.groups(rows)) != 1:
@@ -101,7 +103,7 @@ def overlays(cases: Sequence[Case], *, title: str = "") -> Image.Image:
     max(tile.height for (_, r), tile in tiles.items() if r == rank)
     for rank in ranks
   ]
-  # The legend and the title need room of their own beside one thin column.
+  # The legend and the title may be wider than one column.
   width = max(
     left + len(arms) * (_TILE + _GAP) - _GAP + _MARGIN,
     int(big.getlength(title)) + 2 * _MARGIN,
@@ -114,29 +116,19 @@ def overlays(cases: Sequence[Case], *, title: str = "") -> Image.Image:
   if title:
     draw.text((_MARGIN, _MARGIN), title, _INK, big, anchor="lt")
   _legend(draw, (left, top - 26), small)
-  for column, arm in enumerate(arms):
-    x = left + column * (_TILE + _GAP)
+  columns = {arm: left + i * (_TILE + _GAP) for i, arm in enumerate(arms)}
+  for arm, x in columns.items():
     draw.text(
       (x, top + 22), _fit(arm, normal, _TILE), _INK, normal, anchor="ls"
     )
   y = top + 32
   for rank, row_height in zip(ranks, heights):
     draw.text((_MARGIN, y + row_height // 2), rank, _FAINT, normal, anchor="lm")
-    for column, arm in enumerate(arms):
-      if (arm, rank) not in placed:
-        continue
-      case, tile = placed[arm, rank], tiles[arm, rank]
-      x = left + column * (_TILE + _GAP)
-      canvas.paste(tile, (x, y))
-      below = y + tile.height + 19
-      value = f"Dice {case.dice:.3f}"
-      if not case.prediction.any():
-        value = f"empty, {value}"
-      room = _TILE - int(small.getlength(value)) - 16
-      draw.text(
-        (x, below), _fit(case.id, small, room), _FAINT, small, anchor="ls"
-      )
-      draw.text((x + _TILE, below), value, _INK, small, anchor="rs")
+    for arm, x in columns.items():
+      if (arm, rank) in placed:
+        tile = tiles[arm, rank]
+        canvas.paste(tile, (x, y))
+        _caption(draw, (x, y + tile.height + 19), placed[arm, rank], small)
     y += row_height + 30 + _GAP
   return canvas
 
@@ -207,8 +199,8 @@ def _outlined(case: Case) -> Image.Image:
   )
 
 
-def _distance_to_outline(mask: np.ndarray, size: Sequence[int]) -> np.ndarray:
-  """Gives [h, w] the distance of each pixel of the drawing to the outline."""
+def _distance_to_outline(mask: np.ndarray, size: list[int]) -> np.ndarray:
+  """Returns the distance [h, w] of each pixel of the drawing to the outline."""
   smooth = Image.fromarray(mask.astype(np.float32)).resize(
     size, Image.Resampling.BILINEAR
   )
@@ -221,10 +213,20 @@ def _distance_to_outline(mask: np.ndarray, size: Sequence[int]) -> np.ndarray:
   return scipy.ndimage.distance_transform_edt(~edge)[1:-1, 1:-1]
 
 
+def _caption(
+  draw: ImageDraw.ImageDraw, at: tuple[int, int], case: Case, font: _Font
+) -> None:
+  x, y = at
+  value = f"Dice {case.dice:.3f}"
+  if not case.prediction.any():
+    value = f"empty, {value}"
+  room = _TILE - int(font.getlength(value)) - 16
+  draw.text(at, _fit(case.id, font, room), _FAINT, font, anchor="ls")
+  draw.text((x + _TILE, y), value, _INK, font, anchor="rs")
+
+
 def _legend(
-  draw: ImageDraw.ImageDraw,
-  at: tuple[int, int],
-  font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+  draw: ImageDraw.ImageDraw, at: tuple[int, int], font: _Font
 ) -> None:
   x, y = at
   for name, colour, thick in (
@@ -238,12 +240,8 @@ def _legend(
     x += 40 + int(font.getlength(name)) + 28
 
 
-def _fit(
-  text: str,
-  font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
-  room: int,
-) -> str:
-  """Takes the middle out of a text that is too long for its place."""
+def _fit(text: str, font: _Font, room: int) -> str:
+  """Takes the middle out of a text that is wider than `room` pixels."""
   text = " ".join(text.split()).encode("utf-8", "replace").decode("utf-8")
   if font.getlength(text) <= room:
     return text
