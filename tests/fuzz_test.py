@@ -23,7 +23,7 @@ import safetensors.numpy
 import tiny_model
 
 from kdseg.data import archives
-from kdseg.data import pairs
+from kdseg.data import decode
 from kdseg.deploy import pictures
 from kdseg.deploy import weights
 from kdseg.distill import extensions as extensions_lib
@@ -119,7 +119,7 @@ PICTURES = (
 @pytest.fixture
 def small_limit(monkeypatch):
   """So that a claim of many pixels costs no time before it is refused."""
-  monkeypatch.setattr(pairs, "MAX_PIXELS", 10**6)
+  monkeypatch.setattr(decode, "MAX_PIXELS", 10**6)
 
 
 @fuzz(400)
@@ -137,12 +137,12 @@ def test_a_picture_is_read_or_refused(small_limit, path, content):
 @hypothesis.given(content=damaged(PICTURES))
 def test_an_image_and_a_mask_are_decoded_or_refused(small_limit, content):
   with lenient(), contextlib.suppress(archives.DataError):
-    image = pairs.decode_image(content, "here")
+    image = decode.decode_image(content, "here")
     assert image.dtype == np.uint8
     assert image.shape[-1] == 3
-    pairs.keep_or_encode(content, image)
+    decode.keep_or_encode(content, image)
   with lenient(), contextlib.suppress(archives.DataError):
-    mask = pairs.decode_mask(content, "here", grey_masks="threshold")
+    mask = decode.decode_mask(content, "here", grey_masks="threshold")
     assert mask.dtype == bool
     assert mask.ndim == 2
 

@@ -1,9 +1,9 @@
-"""Reads files out of archives and folders, without unpacking or trusting them.
+"""Reads files out of zip archives and folders, without unpacking them.
 
 An official download is a zip; a user may have unpacked it already. Both become
 a list of `File`, so that what is built on top never asks which one it was.
-Nothing is ever extracted to disk: members are read one by one into memory,
-up to a limit, which leaves a hostile archive nothing to overwrite or to fill.
+Members of an archive are read one by one into memory; nothing is extracted to
+disk.
 """
 
 from collections.abc import Callable
@@ -19,28 +19,12 @@ import zipfile
 
 # A 50-megapixel 24-bit bitmap has 150 MB; the largest official image has 37.
 MAX_FILE_BYTES = 256 * 2**20
-# What an archive may claim to unpack to; the largest official one has 0.7 GB.
-MAX_ARCHIVE_BYTES = 16 * 2**30
-MAX_FILES = 200_000
 
-# Of the others zipfile unpacks a piece whole, however much it becomes: 400
-# bytes of bzip2 are 300 MB.
-_BOUNDED_METHODS = frozenset({zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED})
-# Controls, halves of characters (a name that is not UTF-8) and line ends: they
-# steer terminals, break tables, or cannot be stored.
-_REFUSED_CATEGORIES = frozenset({"Cc", "Cs", "Zl", "Zp"})
-_IGNORED_DIRECTORIES = frozenset({"__MACOSX"})
 # The last one is how macOS calls a folder's own icon.
 _IGNORED_NAMES = frozenset({"thumbs.db", "desktop.ini", "icon\r"})
 _IGNORED_STEMS = (
-  "readme",
-  "license",
-  "licence",
-  "copying",
-  "attribution",
-  "citation",
-  "md5sum",
-  "sha256sum",
+  *("readme", "license", "licence", "copying", "attribution", "citation"),
+  *("md5sum", "sha256sum"),
 )
 
 
@@ -72,18 +56,13 @@ class File:
     return self.path.rsplit("/", 1)[-1]
 
   @property
-  def stem(self) -> str:
-    """The name without its suffix."""
-    return self.name.rsplit(".", 1)[0]
-
-  @property
   def suffix(self) -> str:
     """The suffix in lower case, with its dot; empty if there is none."""
     return pathlib.PurePosixPath(self.name).suffix.lower()
 
 
 def shown(text: object) -> str:
-  r"""A name as it may be printed anywhere: `\x1b[2J` and not what it does."""
+  r"""Escapes what a terminal would obey or cannot print, as `\x1b[2J`."""
   return "".join(
     character
     if character.isprintable()
@@ -92,27 +71,21 @@ def shown(text: object) -> str:
   )
 
 
-def in_memory(path: str, source: str, content: bytes) -> File:
-  """A file whose content is already there."""
-  return File(path, source, f"{source}: {path}", len(content), lambda: content)
-
-
 def list_files(path: str | os.PathLike[str]) -> tuple[File, ...]:
   """Lists what a zip archive or a folder holds, sorted by path.
 
-  Left out are folders, hidden files, `__MACOSX`, and files that describe
-  rather than belong (readme, licence, attribution).
+  Left out are folders, hidden files, `__MACOSX`, and files that describe the
+  data set (readme, licence, attribution).
 
   Args:
-    path: a `.zip` file or a folder.
+    path: a `.zip` file or a folder; links to folders in it are followed.
 
   Returns:
     The files, unread.
 
   Raises:
     DataError: if there is no such path, if it is a `.rar` or another kind of
-      file, if the archive is damaged, if a member's name, kind or size is not
-      what an honest archive contains, or if a name cannot be printed.
+      file, if the archive is damaged, or if a file is too large.
   """
   path = pathlib.Path(path)
   if path.is_dir():
@@ -127,16 +100,15 @@ def list_files(path: str | os.PathLike[str]) -> tuple[File, ...]:
     )
   else:
     files = _list_zip(path)
-  kept = (file for file in files if not _is_ignored(file.path))
-  return tuple(sorted(kept, key=lambda file: file.path))
+  return tuple(sorted(files, key=lambda file: file.path))
 
 
 def stamp(files: Iterable[File]) -> str:
-  """A short hash of the names and sizes of files, in any order.
+  """Hashes the names and sizes of files, in any order, to 16 hex digits.
 
   Equal for an archive and the folder it unpacks to; cheap, as nothing is read.
-  Made for releases, whose names say what is in the files: one that is replaced
-  by another of the same name and length goes unnoticed once it was prepared.
+  Made for releases, whose names say what is in the files: a file replaced by
+  another one of the same name and length goes unnoticed.
   """
   digest = hashlib.sha256()
   for line in sorted(f"{file.name}\t{file.size}\n" for file in files):
@@ -144,16 +116,21 @@ def stamp(files: Iterable[File]) -> str:
   return digest.hexdigest()[:16]
 
 
-def sha256(path: str | os.PathLike[str]) -> str:
-  """The SHA-256 of a file, in hex."""
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
+def read_path(path: pathlib.Path) -> bytes:
+  """Reads a plain file; raises `DataError` if it is none, or too large."""
+  _size_on_disk(path)
+  try:
+    return path.read_bytes()
+  except OSError as error:
+    raise DataError(
+      f"{shown(path)} cannot be read: {error.strerror}."
+    ) from None
 
 
 def _is_ignored(path: str) -> bool:
   *directories, name = path.split("/")
   return (
-    any(d in _IGNORED_DIRECTORIES or d.startswith(".") for d in directories)
+    any(d == "__MACOSX" or d.startswith(".") for d in directories)
     or name.startswith(".")
     or name.lower() in _IGNORED_NAMES
     or name.lower().startswith(_IGNORED_STEMS)
@@ -161,37 +138,25 @@ def _is_ignored(path: str) -> bool:
 
 
 def _list_folder(root: pathlib.Path) -> list[File]:
+  def refuse(error: OSError) -> None:
+    raise DataError(
+      f"{shown(error.filename)} cannot be listed: {error.strerror}."
+    ) from None
+
   files = []
-  for directory, folders, names in os.walk(root, onerror=_raise_unlisted):
-    for name in folders:
-      path = pathlib.Path(directory, name)
-      inside = path.relative_to(root) / "file"
-      if path.is_symlink() and not _is_ignored(inside.as_posix()):
-        raise DataError(
-          f"{shown(path)} is a link to a folder, which is not followed; put "
-          "the folder itself in its place."
-        )
+  for directory, _, names in os.walk(root, onerror=refuse, followlinks=True):
     for name in names:
       path = pathlib.Path(directory, name)
       relative = path.relative_to(root).as_posix()
-      if _is_ignored(relative):
-        continue
-      _refuse_unprintable(shown(path), relative)
-      size = _size_on_disk(path)
-      read = functools.partial(read_path, path)
-      files.append(File(relative, str(root), str(path), size, read))
-      if len(files) > MAX_FILES:
-        raise DataError(
-          f"{root} holds more than {MAX_FILES} files; name the folder of the"
-          " data set itself."
-        )
+      if not _is_ignored(relative):
+        if any(unicodedata.category(c) in ("Cc", "Cs") for c in relative):
+          raise DataError(
+            f"{shown(path)} has a control character in its name, or bytes that"
+            " are not UTF-8, which would break tables; rename it."
+          )
+        size, read = _size_on_disk(path), functools.partial(read_path, path)
+        files.append(File(relative, str(root), shown(path), size, read))
   return files
-
-
-def _raise_unlisted(error: OSError) -> None:
-  raise DataError(
-    f"{shown(error.filename)} cannot be listed: {error.strerror}."
-  ) from None
 
 
 def _size_on_disk(path: pathlib.Path) -> int:
@@ -202,26 +167,10 @@ def _size_on_disk(path: pathlib.Path) -> int:
       f"{shown(path)} cannot be read: {error.strerror}."
     ) from None
   if not stat.S_ISREG(status.st_mode):
-    # A pipe is waited for, and a device has no end.
+    # Reading a pipe waits for its writer, and a device has no end.
     raise DataError(f"{shown(path)} is no plain file; remove it.")
-  if status.st_size > MAX_FILE_BYTES:
-    raise DataError(_too_large(shown(path), status.st_size))
+  _check_size(shown(path), status.st_size)
   return status.st_size
-
-
-def read_path(path: pathlib.Path) -> bytes:
-  """Reads a plain file; raises `DataError` if it is none, or too large."""
-  _size_on_disk(path)
-  try:
-    with path.open("rb") as file:
-      content = file.read(MAX_FILE_BYTES + 1)
-  except OSError as error:
-    raise DataError(
-      f"{shown(path)} cannot be read: {error.strerror}."
-    ) from None
-  if len(content) > MAX_FILE_BYTES:
-    raise DataError(_too_large(shown(path), len(content)))
-  return content
 
 
 def _list_zip(path: pathlib.Path) -> list[File]:
@@ -234,99 +183,33 @@ def _list_zip(path: pathlib.Path) -> list[File]:
       f"{path} is no readable zip archive ({error}); it may be cut off:"
       " download it again."
     ) from None
-  members = archive.infolist()
-  if len(members) > MAX_FILES:
-    raise DataError(
-      f"{path} lists {len(members)} members, more than {MAX_FILES}: this is"
-      " not an archive of this data set."
-    )
-  claimed = sum(member.file_size for member in members)
-  if claimed > MAX_ARCHIVE_BYTES:
-    raise DataError(
-      f"{path} would unpack to {claimed / 2**30:.0f} GiB, more than the limit"
-      f" of {MAX_ARCHIVE_BYTES // 2**30} GiB; refusing it. Download the archive"
-      " again from its official page."
-    )
   files = []
-  for member in members:
-    if member.is_dir():
-      continue
-    _refuse_unsafe(path, member)
-    if _is_ignored(member.filename):
-      continue
-    where = f"{path}: {shown(member.filename)}"
-    _refuse_unprintable(where, member.filename)
-    if member.compress_type not in _BOUNDED_METHODS:
-      raise DataError(
-        f"{where} is compressed by method {member.compress_type}, which may"
-        " unpack to any size; only stored and deflated members are read."
-        " Unpack the archive and leave its folder in its place."
-      )
-    read = functools.partial(_read_member, archive, member, where)
-    files.append(
-      File(member.filename, str(path), where, member.file_size, read)
-    )
+  for member in archive.infolist():
+    if not member.is_dir() and not _is_ignored(member.filename):
+      name, size = member.filename, member.file_size
+      where = f"{path}: {shown(name)}"
+      _check_size(where, size)
+      read = functools.partial(_read_member, archive, member, where)
+      files.append(File(name, str(path), where, size, read))
   return files
-
-
-def _refuse_unprintable(where: str, name: str) -> None:
-  if any(unicodedata.category(c) in _REFUSED_CATEGORIES for c in name):
-    raise DataError(
-      f"{where} has a name with a control character, a line end, or bytes that"
-      " are not UTF-8; rename it."
-    )
-
-
-def _refuse_unsafe(path: pathlib.Path, member: zipfile.ZipInfo) -> None:
-  where = f"{path}: {member.filename!r}"
-  # `orig_filename` still has what zipfile has tidied away: a NUL, a backslash.
-  name = member.orig_filename
-  parts = name.replace("\\", "/").split("/")
-  if (
-    ".." in parts
-    or name.startswith(("/", "\\"))
-    or "\\" in name
-    or "\0" in name
-    or parts[0].endswith(":")
-  ):
-    raise DataError(
-      f"{where} points outside the archive; refusing it. Download the archive"
-      " again from its official page."
-    )
-  if stat.S_ISLNK(member.external_attr >> 16):
-    raise DataError(
-      f"{where} is a symbolic link; refusing it. Download the archive again"
-      " from its official page."
-    )
-  if member.file_size > MAX_FILE_BYTES:
-    raise DataError(_too_large(where, member.file_size))
 
 
 def _read_member(
   archive: zipfile.ZipFile, member: zipfile.ZipInfo, where: str
 ) -> bytes:
-  if member.flag_bits & 1:
-    raise DataError(
-      f"{where} cannot be read, as it is encrypted; the official archives have"
-      " no password."
-    )
-  # The size in the directory is a claim: no more than it is unpacked.
-  limit = min(member.file_size, MAX_FILE_BYTES) + 1
   try:
-    with archive.open(member) as file:
-      content = file.read(limit)
+    return archive.read(member)
   except Exception as error:
-    # BadZipFile, zlib.error, EOFError, UnicodeDecodeError, struct.error, ...
+    # BadZipFile, zlib.error, EOFError, a password, an unknown compression, ...
     raise DataError(
-      f"{where} is damaged ({shown(error)}); download the archive again."
+      f"{where} cannot be read ({shown(error)}); download the archive again,"
+      " or unpack it and leave its folder in its place."
     ) from None
-  if len(content) > MAX_FILE_BYTES:
-    raise DataError(_too_large(where, len(content)))
-  return content
 
 
-def _too_large(where: str, size: int) -> str:
-  return (
-    f"{where} would take {size / 2**20:.0f} MiB, more than the limit of"
-    f" {MAX_FILE_BYTES // 2**20} MiB for one file; refusing it."
-  )
+def _check_size(where: str, size: int) -> None:
+  if size > MAX_FILE_BYTES:
+    raise DataError(
+      f"{where} would take {size / 2**20:.0f} MiB, more than the limit of"
+      f" {MAX_FILE_BYTES // 2**20} MiB for one file; refusing it."
+    )

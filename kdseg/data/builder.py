@@ -1,4 +1,4 @@
-"""What the four tfds builders share: from an inventory to records on disk.
+"""What all data sets share: from an inventory to records on disk.
 
 A builder lists its files (`inventory`) and this class does the rest: it stops
 on the first problem, decodes every image and mask once to check them, and
@@ -17,8 +17,9 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from kdseg.data import pairs as pairs_lib
+from kdseg.data import decode
 from kdseg.data.archives import DataError
+from kdseg.data.archives import File
 from kdseg.data.pairs import Inventory
 from kdseg.data.pairs import Pair
 
@@ -31,12 +32,16 @@ METADATA = ("official_count", "found_count", "excluded", "notes", "stamp")
 Download = Callable[[Mapping[str, str]], Mapping[str, os.PathLike[str]]]
 
 
-class PairBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class PairBuilder(  # type: ignore[call-arg]  # tfds itself has no types
+  tfds.core.GeneratorBasedBuilder, skip_registration=True
+):
   """Builds a data set of images with one mask each.
 
   Features: `image` uint8 [h, w, 3] RGB, `mask` uint8 [h, w, 1] with 255 where
   there is lesion and 0 elsewhere, `id`, and what `extra_features` names.
   `info.metadata` says what was found of the official release.
+
+  A subclass sets `name`, `title` and `test_name` and implements `inventory`.
 
   Attributes:
     name: what a config calls the data set.
@@ -44,30 +49,30 @@ class PairBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     test_name: what `scores.csv` calls its test split.
     official: whether it is a published release with a test split of its own,
       so that scores may be held against published ones.
-    official_counts: by split, the pairs of that release.
+    official_counts: by split, the pairs of that release; empty if whatever is
+      found is the whole.
     terms_of_use: what it may be used for, as a model card says it.
-    description: for tfds, as `homepage` and `citation`.
+    description: for tfds, as `homepage`.
   """
 
+  MANUAL_DOWNLOAD_INSTRUCTIONS = "Pass the folder of its files as manual_dir."
   VERSION = tfds.core.Version("1.0.0")
   RELEASE_NOTES = {"1.0.0": "First release."}  # noqa: RUF012  (tfds reads it)
 
   name: str
-  title: str = "own pictures"
-  test_name: str = ""
+  title: str
+  test_name: str
   official: bool = False
   official_counts: Mapping[str, int] = types.MappingProxyType({})
   terms_of_use: str = "under terms of their own"
   description: str = ""
   homepage: str = ""
-  citation: str = ""
 
   def __init__(
     self,
     *,
     config: str | tfds.core.BuilderConfig | None = None,
     grey_masks: str = "error",
-    file_format: str | None = FILE_FORMAT,
     **kwargs: Any,
   ):
     """Makes the builder; reads no data yet.
@@ -76,17 +81,16 @@ class PairBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       config: as in tfds; leave it out, it follows from the options.
       grey_masks: what to do with a mask that has values other than 0 and 255:
         `"error"`, or `"threshold"` to take it as lesion above 128.
-      file_format: how tfds stores the records.
       **kwargs: `data_dir` and `version`, as in tfds.
     """
-    if grey_masks not in pairs_lib.GREY_MASKS:
+    if grey_masks not in decode.GREY_MASKS:
       raise ValueError(
-        f"grey_masks is {grey_masks!r}, not one of {pairs_lib.GREY_MASKS}."
+        f"grey_masks is {grey_masks!r}, not one of {decode.GREY_MASKS}."
       )
     self._grey_masks = grey_masks
     if config is None:
       config = self._options_config()
-    super().__init__(config=config, file_format=file_format, **kwargs)
+    super().__init__(config=config, **{"file_format": FILE_FORMAT, **kwargs})
 
   def inventory(
     self, manual_dir: pathlib.Path | None, download: Download | None = None
@@ -102,6 +106,12 @@ class PairBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       DataError: if there is nothing to list.
     """
     raise NotImplementedError
+
+  def require(self, manual_dir: pathlib.Path | None) -> pathlib.Path:
+    """Returns `manual_dir`; raises `DataError` with instructions if None."""
+    if manual_dir is None:
+      raise DataError(f"{self.name}: {self.MANUAL_DOWNLOAD_INSTRUCTIONS}")
+    return manual_dir
 
   @classmethod
   def options_from(cls, manual_dir: pathlib.Path | None) -> dict[str, Any]:
@@ -120,11 +130,11 @@ class PairBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     return ()
 
   def describe_splits(self) -> str:
-    """What to say to a reader who misses a split; "" for a release."""
+    """Returns what to tell a reader who misses a split; "" for a release."""
     return ""
 
   def options(self) -> dict[str, str]:
-    """Options that change the records, with the values that differ from usual.
+    """Returns the options that change the records, if not at their defaults.
 
     They name the folder of the prepared data, so that data prepared with one
     option is never read under another.
@@ -132,11 +142,11 @@ class PairBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     return {} if self._grey_masks == "error" else {"grey": self._grey_masks}
 
   def extra_features(self) -> dict[str, Any]:
-    """Features beside image, mask and id."""
+    """Returns the features beside image, mask and id."""
     return {}
 
   def extra_values(self, pair: Pair) -> dict[str, Any]:
-    """The values of `extra_features` for one example."""
+    """Returns the values of `extra_features` for one example."""
     del pair
     return {}
 
@@ -151,10 +161,11 @@ class PairBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     )
 
   def _info(self) -> tfds.core.DatasetInfo:
-    return self.dataset_info_from_configs(
+    return tfds.core.DatasetInfo(
+      builder=self,
       description=self.description,
       homepage=self.homepage,
-      citation=self.citation,
+      citation=self.title,
       features=tfds.features.FeaturesDict(
         {
           "id": tfds.features.Text(),
@@ -173,17 +184,21 @@ class PairBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   def _split_generators(
     self, dl_manager: tfds.download.DownloadManager
   ) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
-    manual_dir = _manual_dir(dl_manager)
-    # A folder the user named is meant to be used, not to be made up for.
-    named = manual_dir not in (None, _default_manual_dir(dl_manager))
+    try:
+      manual_dir = pathlib.Path(dl_manager.manual_dir)
+    except (AssertionError, ValueError):  # not there, empty, or not asked for
+      manual_dir = None
+    # Files missing from a folder that the user named are not downloaded.
+    default = pathlib.Path(dl_manager.download_dir) / "manual"
+    may_download = manual_dir in (None, default)
     inventory = self.inventory(
-      manual_dir, None if named else dl_manager.download
+      manual_dir, dl_manager.download if may_download else None
     )
     inventory.check()
     if not inventory.splits:
       raise DataError(f"{self.name}: no pair of image and mask was found.")
     self.info.metadata.update(
-      official_count=dict(inventory.official),
+      official_count=dict(self.official_counts or inventory.found),
       found_count=dict(inventory.found),
       excluded=list(inventory.excluded),
       notes=list(inventory.notes),
@@ -198,39 +213,22 @@ class PairBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     self, split_pairs: tuple[Pair, ...]
   ) -> Iterator[tuple[int, dict[str, Any]]]:
     for index, pair in enumerate(split_pairs):
-      pair = read_once(pair)
-      image, mask = pairs_lib.decode_pair(pair, grey_masks=self._grey_masks)
+      pair = dataclasses.replace(
+        pair, image=_read_once(pair.image), mask=_read_once(pair.mask)
+      )
+      image, mask = decode.decode_pair(pair, grey_masks=self._grey_masks)
       yield (
         index,
         {
           "id": pair.id,
-          "image": pairs_lib.keep_or_encode(pair.image.read(), image),
-          "mask": pairs_lib.encode_png(mask.astype("uint8") * 255),
+          "image": decode.keep_or_encode(pair.image.read(), image),
+          "mask": decode.encode_png(mask.astype("uint8") * 255),
           **self.extra_values(pair),
         },
       )
 
 
-def read_once(pair: Pair) -> Pair:
-  """The same pair with the contents of its files held in memory."""
-
-  def hold(file):
-    content = file.read()
-    return dataclasses.replace(file, read=lambda: content)
-
-  return dataclasses.replace(pair, image=hold(pair.image), mask=hold(pair.mask))
-
-
-def _manual_dir(
-  dl_manager: tfds.download.DownloadManager,
-) -> pathlib.Path | None:
-  try:
-    return pathlib.Path(os.fspath(dl_manager.manual_dir))
-  except (AssertionError, ValueError):  # not there, empty, or not asked for
-    return None
-
-
-def _default_manual_dir(
-  dl_manager: tfds.download.DownloadManager,
-) -> pathlib.Path:
-  return pathlib.Path(os.fspath(dl_manager.download_dir)) / "manual"
+def _read_once(file: File) -> File:
+  """Returns the same file with its content held in memory."""
+  content = file.read()
+  return dataclasses.replace(file, read=lambda: content)

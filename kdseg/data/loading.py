@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from kdseg.data import pairs
+from kdseg.data import builder as builder_lib
+from kdseg.data import decode
 from kdseg.data import prepare
 from kdseg.data import sets
 from kdseg.data.archives import DataError
@@ -54,7 +55,7 @@ class Arrays:
 
   def native_mask(self, index: int) -> np.ndarray:
     """The mask of one example at its own size, bool [h, w]."""
-    return pairs.mask_values(self.native_masks[index], self.ids[index]) > 128
+    return decode.mask_values(self.native_masks[index], self.ids[index]) > 128
 
   def native_size(self, index: int) -> tuple[int, int]:
     """Height and width of one example's own image, in pixels."""
@@ -68,8 +69,8 @@ def load(
   split: str,
   *,
   size: int,
-  data_dir: str | os.PathLike[str] | None = None,
-  manual_dir: str | os.PathLike[str] | None = None,
+  data_dir: prepare.Path | None = None,
+  manual_dir: prepare.Path | None = None,
   builders: prepare.Builders = sets.BUILDERS,
   **options: Any,
 ) -> Arrays:
@@ -80,13 +81,13 @@ def load(
   to a square; nothing is cropped or padded.
 
   Args:
-    name: a key of `builders`.
+    name: see `prepare.make_builder`.
     split: `train`, `validation` or `test`.
     size: side S of the square, in pixels.
-    data_dir: where prepared data sets lie; the default of tfds if None.
-    manual_dir: the official archives, or for `folder` the folder itself.
-    builders: the data sets by name.
-    **options: of the builder, e.g. `duplicates="include"`.
+    data_dir: see `prepare.make_builder`.
+    manual_dir: see `prepare.prepare`.
+    builders: see `prepare.make_builder`.
+    **options: see `prepare.make_builder`.
 
   Returns:
     The split, ordered by id.
@@ -108,40 +109,41 @@ def load(
       f"{name} has no split {split!r}, only"
       f" {', '.join(sorted(builder.info.splits))}.{builder.describe_splits()}"
     )
+  return _read(builder, split, size)
+
+
+def _read(builder: builder_lib.PairBuilder, split: str, size: int) -> Arrays:
   count = builder.info.splits[split].num_examples
-  ids = [""] * count
-  native_masks = [b""] * count
   image = np.empty((count, size, size, 3), np.uint8)
   mask = np.empty((count, size, size), np.uint8)
 
-  def fill(index: int, record: prepare.Record) -> None:
+  def fill(index: int, record: prepare.Record) -> tuple[str, bytes]:
     where = f"{builder.data_dir}: {split}/{record.id}"
-    ids[index] = record.id
-    native_masks[index] = record.mask
-    image[index] = resize_image(pairs.decode_image(record.image, where), size)
-    lesion = pairs.mask_values(record.mask, f"{where} (mask)") > 128
+    image[index] = resize_image(decode.decode_image(record.image, where), size)
+    lesion = decode.mask_values(record.mask, f"{where} (mask)") > 128
     mask[index] = resize_mask(lesion, size)
+    return record.id, record.mask
 
-  # Pillow decodes and resizes outside the interpreter's lock. In pieces, as
-  # the full-size images take more memory together than is worth holding.
+  # Pillow decodes and resizes outside the interpreter's lock. In pieces, so
+  # that few images are in memory at full size.
   stream = prepare.read_records(builder, split)
+  kept: list[tuple[str, bytes]] = []
   with futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
     for start in range(0, count, 64):
-      records = list(itertools.islice(stream, 64))
-      for _ in pool.map(fill, itertools.count(start), records):
-        pass
+      piece = list(itertools.islice(stream, 64))
+      kept += pool.map(fill, itertools.count(start), piece)
 
   metadata = prepare.read_metadata(builder)
   return Arrays(
-    name=name,
+    name=builder.name,
     split=split,
-    ids=tuple(ids),
+    ids=tuple(id_ for id_, _ in kept),
     image=image,
     mask=mask,
     official_count=int(metadata["official_count"][split]),
     found_count=int(metadata["found_count"][split]),
     excluded=tuple(metadata["excluded"]),
-    native_masks=tuple(native_masks),
+    native_masks=tuple(native for _, native in kept),
   )
 
 

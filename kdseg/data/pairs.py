@@ -1,36 +1,22 @@
-"""Image and mask pairs: found, matched, checked, decoded.
+"""Image and mask pairs: found, matched by id, divided into splits.
 
 Each data set lists its files as an `Inventory`; the builders, `verify` and the
 tests all work from it, so that they agree on what belongs to what.
 """
 
+from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 import hashlib
-import io
-import threading
-import warnings
-
-import numpy as np
-from PIL import Image
-from PIL import UnidentifiedImageError
+import re
+import types
+from typing import NamedTuple
 
 from kdseg.data import archives
 from kdseg.data.archives import DataError
-
-# Twice the largest side of any dermatoscope's camera, squared.
-MAX_PIXELS = 100_000_000
-
-GREY_MASKS = ("error", "threshold")
-
-# The filters of warnings belong to all threads.
-_FILTERS = threading.Lock()
-_ORIENTATION = 0x0112  # of EXIF; 1, and the 0 of careless writers, is upright
-_FORMATS = ("JPEG", "PNG", "BMP", "TIFF")
-_MASK_MODES = frozenset({"1", "L", "P", "RGB", "RGBA", "LA"})
-IMAGE_MODES = frozenset({"RGB", "L", "P", "RGBA", "LA", "CMYK", "YCbCr"})
+from kdseg.data.archives import File
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,23 +44,36 @@ class Inventory:
   """What was found of a data set, before any image is decoded.
 
   Attributes:
-    splits: the pairs of each split, sorted by id; no empty split.
-    official: by split, how many pairs its official release has (training and
-      validation come out of one release, so both say 900 for ISIC-2016).
-    found: by split, how many pairs of that release were found.
+    splits: the pairs of each split, sorted by id; empty splits are dropped.
+    found: by split, how many pairs were found of the release that the split
+      comes from (one number for training and validation of ISIC-2016); the
+      pairs of each split if left empty.
     excluded: ids found but kept out of training and validation.
     problems: what forbids the use of the data set, one line each.
     notes: what a reader should know and nothing forbids.
-    stamp: hash of the names and sizes of the files (`archives.stamp`).
+    stamp: hash of the names and sizes of the files; `archives.stamp` of the
+      pairs' files if left empty.
   """
 
   splits: Mapping[str, tuple[Pair, ...]]
-  official: Mapping[str, int]
-  found: Mapping[str, int]
+  found: Mapping[str, int] = types.MappingProxyType({})
   excluded: tuple[str, ...] = ()
   problems: tuple[str, ...] = ()
   notes: tuple[str, ...] = ()
   stamp: str = ""
+
+  def __post_init__(self) -> None:
+    splits = {name: pairs for name, pairs in self.splits.items() if pairs}
+    counts = {name: len(pairs) for name, pairs in splits.items()}
+    files = [
+      file
+      for pairs in splits.values()
+      for pair in pairs
+      for file in (pair.image, pair.mask)
+    ]
+    object.__setattr__(self, "splits", splits)
+    object.__setattr__(self, "found", self.found or counts)
+    object.__setattr__(self, "stamp", self.stamp or archives.stamp(files))
 
   def check(self) -> None:
     """Raises `DataError` with the first problem, if there is one."""
@@ -82,11 +81,128 @@ class Inventory:
       return
     more = len(self.problems) - 1
     suffix = (
-      f" ({more} more like this; `python -m kdseg.data verify` lists all.)"
+      f" ({more} more like this; `kdseg data verify` lists all.)"
       if more
       else ""
     )
     raise DataError(self.problems[0] + suffix)
+
+
+class Sorted(NamedTuple):
+  """Files by id.
+
+  Attributes:
+    files: the first file of each id.
+    strangers: paths of files that have no id.
+    problems: a line for each further file of an id.
+  """
+
+  files: dict[str, File]
+  strangers: list[str]
+  problems: list[str]
+
+
+def sort_by_id(
+  files: Iterable[File], find_id: Callable[[File], str | None]
+) -> Sorted:
+  """Sorts files by the id that `find_id` reads from each; None is a stranger.
+
+  Args:
+    files: as `archives.list_files` gives them.
+    find_id: returns the id of a file.
+
+  Returns:
+    The files of each id, and what is wrong with the rest.
+  """
+  found = Sorted({}, [], [])
+  for file in files:
+    id_ = find_id(file)
+    if id_ is None:
+      found.strangers.append(file.path)
+    elif id_ in found.files:
+      found.problems.append(
+        f"{file.source} has {id_} twice ({found.files[id_].path}, {file.path});"
+        " keep one."
+      )
+    else:
+      found.files[id_] = file
+  return found
+
+
+def id_in_name(pattern: re.Pattern[str]) -> Callable[[File], str | None]:
+  """Returns a `find_id`: group 1 of a pattern of the whole name, upper case."""
+
+  def find_id(file: File) -> str | None:
+    match = pattern.fullmatch(file.name)
+    return match[1].upper() if match else None
+
+  return find_id
+
+
+def match(
+  images: Mapping[str, File], masks: Mapping[str, File]
+) -> tuple[tuple[Pair, ...], list[str], list[str]]:
+  """Pairs images and masks of one id.
+
+  Args:
+    images: by id.
+    masks: by id.
+
+  Returns:
+    The pairs, sorted by id; a line that names the images without a mask, and
+    one that names the masks without an image, if there are any.
+  """
+
+  def lonely(
+    kind: str, files: Mapping[str, File], other: str, others: Mapping[str, File]
+  ) -> list[str]:
+    ids = sorted(files.keys() - others.keys())
+    if not ids:
+      return []
+    source = next(iter(others.values())).source if others else "the data set"
+    return [
+      f"{listing(ids)}: no {other} in {source} for {len(ids)} of {len(files)}"
+      f" {kind}s. Add it under the same name, or remove the {kind}."
+    ]
+
+  return (
+    tuple(
+      Pair(id_, images[id_], masks[id_])
+      for id_ in sorted(images.keys() & masks.keys())
+    ),
+    lonely("image", images, "mask", masks),
+    lonely("mask", masks, "image", images),
+  )
+
+
+def compare_with_release(
+  kind: str, found: Mapping[str, File], ids: Iterable[str], release: str
+) -> list[str]:
+  """Holds the files of a release that has to be whole against its ids.
+
+  Args:
+    kind: `"image"` or `"mask"`.
+    found: files by id.
+    ids: those of the release.
+    release: its name, with where to get it.
+
+  Returns:
+    A line for the ids too many and one for those missing, if there are any.
+  """
+  ids = set(ids)
+  source = next(iter(found.values())).source if found else "the data set"
+  problems = []
+  if foreign := sorted(found.keys() - ids):
+    problems.append(
+      f"{source} has {len(foreign)} {kind}s that are not in {release}:"
+      f" {listing(foreign)}. Remove them; is it another archive?"
+    )
+  if missing := sorted(ids - found.keys()):
+    problems.append(
+      f"{source} lacks {len(missing)} of the {len(ids)} {kind}s of {release}:"
+      f" {listing(missing)}. This set has to be whole; get it again."
+    )
+  return problems
 
 
 def listing(names: Iterable[str], limit: int = 5) -> str:
@@ -113,219 +229,3 @@ def hold_out(pairs: Sequence[Pair]) -> dict[str, tuple[Pair, ...]]:
     "train": tuple(p for p in pairs if not is_validation(p.id)),
     "validation": tuple(p for p in pairs if is_validation(p.id)),
   }
-
-
-def decode_image(content: bytes, where: str) -> np.ndarray:
-  """Decodes an image to uint8 RGB [h, w, 3].
-
-  Grey, palette and CMYK pictures become RGB, transparency is dropped, and an
-  EXIF orientation is ignored, as masks are drawn on the pixels as stored.
-
-  Raises:
-    DataError: if the image is damaged, too large or of an unknown kind.
-  """
-  image = open_image(content, where)
-  if image.mode not in IMAGE_MODES:
-    raise DataError(
-      f"{where} has pixels of kind {image.mode!r}; convert it to 8-bit RGB."
-    )
-  return np.array(image if image.mode == "RGB" else image.convert("RGB"))
-
-
-def decode_mask(
-  content: bytes, where: str, *, grey_masks: str = "error"
-) -> np.ndarray:
-  """Decodes a mask to bool [h, w]; lesion where the value is above 128.
-
-  A clean mask has one or two values: 0 and 255 (or 0 and 1, then 1 is lesion).
-  Others come from resizing with interpolation or from lossy compression, which
-  has moved the border; they are refused unless `grey_masks="threshold"`.
-
-  Args:
-    content: the encoded mask; 1-bit, 8-bit, palette or 24-bit without colour.
-    where: names the file in errors.
-    grey_masks: `"error"` or `"threshold"` (the official rule, > 128, applied
-      to whatever is there).
-
-  Raises:
-    DataError: if the mask is damaged, too large, coloured, or grey.
-  """
-  if grey_masks not in GREY_MASKS:
-    raise ValueError(f"grey_masks is {grey_masks!r}, not one of {GREY_MASKS}.")
-  values = mask_values(content, where)
-  if values.max(initial=0) == 1:
-    return values == 1
-  if grey_masks == "error":
-    between = (values != 0) & (values != 255)
-    count = int(np.count_nonzero(between))
-    if count:
-      raise DataError(
-        f"{where} is a mask with grey values: {count} of {values.size} pixels"
-        f" are neither 0 nor 255 (the first is {int(values[between][0])})."
-        ' Use the original mask, or pass grey_masks="threshold" to count'
-        " everything above 128 as lesion."
-      )
-  return values > 128
-
-
-def mask_values(content: bytes, where: str) -> np.ndarray:
-  """The grey values of a mask, uint8 [h, w], before any threshold.
-
-  Raises:
-    DataError: if the mask is damaged, too large, or coloured.
-  """
-  image = open_image(content, where)
-  if image.mode not in _MASK_MODES:
-    raise DataError(
-      f"{where} has pixels of kind {image.mode!r}; a mask has 1, 8 or 24 bits."
-    )
-  if _has_16_bits(content):
-    raise DataError(
-      f"{where} has 16 bits a channel; a mask has 1, 8 or 24 bits."
-    )
-  if image.mode in ("1", "L"):
-    return np.array(image.convert("L"))
-  if image.has_transparency_data:
-    alpha = np.array(image.convert("RGBA"))[..., 3]
-    if (alpha != 255).any():
-      raise DataError(
-        f"{where} is partly transparent; a mask is black and white. Flatten it "
-        "onto black, with the lesion white."
-      )
-  channels = np.array(image.convert("RGB"))
-  if (channels != channels[..., :1]).any():
-    raise DataError(
-      f"{where} has colours; a mask is black and white. Is it the image?"
-    )
-  return channels[..., 0]
-
-
-def _has_16_bits(content: bytes) -> bool:
-  # Pillow reads a colour picture of 16 bits as one of 8, by their upper half.
-  with _open_header(content) as header:
-    kinds = [t[3] if isinstance(t[3], str) else t[3][0] for t in header.tile]
-  return any(";16" in str(kind) for kind in kinds)
-
-
-def decode_pair(
-  pair: Pair, *, grey_masks: str = "error"
-) -> tuple[np.ndarray, np.ndarray]:
-  """Decodes image and mask: uint8 [h, w, 3] and bool [h, w].
-
-  Raises:
-    DataError: as `decode_image` and `decode_mask`, or if the sizes differ.
-  """
-  image = decode_pairs_image(pair)
-  mask = decode_mask(pair.mask.read(), pair.mask.where, grey_masks=grey_masks)
-  check_sizes(pair, image, mask)
-  return image, mask
-
-
-def decode_pairs_image(pair: Pair) -> np.ndarray:
-  """Decodes the image of a pair: uint8 [h, w, 3].
-
-  Raises:
-    DataError: as `decode_image`, or if it is turned and must not be.
-  """
-  content = pair.image.read()
-  image = decode_image(content, pair.image.where)
-  if pair.upright:
-    try:
-      with _open_header(content) as header:
-        turn = header.getexif().get(_ORIENTATION, 1)
-    except Exception as error:
-      # Pillow's readers of EXIF raise SyntaxError, struct.error and others.
-      raise DataError(
-        f"{pair.image.where} has damaged EXIF data ({archives.shown(error)}); "
-        "save it again without them."
-      ) from error
-    if turn not in (0, 1):
-      raise DataError(
-        f"{pair.image.where} is stored turned (EXIF orientation {turn}), and "
-        "its mask may be drawn on the pixels as stored or as shown. Turn the "
-        "pixels until they lie like the mask, and remove the tag."
-      )
-  return image
-
-
-def check_sizes(pair: Pair, image: np.ndarray, mask: np.ndarray) -> None:
-  """Raises `DataError` if a mask has another size than its image."""
-  if image.shape[:2] == mask.shape[:2]:
-    return
-  (height, width), (mask_height, mask_width) = image.shape[:2], mask.shape[:2]
-  raise DataError(
-    f"{pair.id}: the mask is {mask_width}x{mask_height} but the image is"
-    f" {width}x{height} ({pair.mask.where}, {pair.image.where}). They must"
-    " come from the same release and be resized, if at all, together."
-  )
-
-
-def encode_png(array: np.ndarray) -> bytes:
-  """Encodes uint8 [h, w] or [h, w, 3], without loss."""
-  buffer = io.BytesIO()
-  # Photographs hardly shrink further at the higher levels, which take 5x.
-  Image.fromarray(array).save(buffer, format="PNG", compress_level=1)
-  return buffer.getvalue()
-
-
-def keep_or_encode(content: bytes, image: np.ndarray) -> bytes:
-  """The encoded image as it came, if any reader decodes it to RGB; else PNG."""
-  with _open_header(content) as header:
-    keep = header.format in ("JPEG", "PNG") and header.mode == "RGB"
-  return content if keep else encode_png(image)
-
-
-def _open_header(content: bytes) -> Image.Image:
-  # Pillow warns of what is smaller than our own limit.
-  with _FILTERS, warnings.catch_warnings():
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-    return Image.open(io.BytesIO(content), formats=_FORMATS)
-
-
-def open_image(content: bytes, where: str) -> Image.Image:
-  """Opens and decodes wholly, so that a cut-off file shows here.
-
-  Args:
-    content: of the file.
-    where: what to call it in an error.
-
-  Returns:
-    The image as Pillow has it, in whatever mode; EXIF is not applied.
-
-  Raises:
-    DataError: if it is empty, damaged, too large or of an unknown kind.
-  """
-  if not content:
-    raise DataError(f"{where} is empty; replace it by the original file.")
-  try:
-    image = _open_header(content)
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-      raise DataError(
-        f"{where} claims {width}x{height} pixels, more than the limit of"
-        f" {MAX_PIXELS}; refusing to decode it. Replace it by the original"
-        " file, or by a smaller copy."
-      )
-    image.load()
-  except Image.DecompressionBombError:
-    # Pillow's own limit is higher, but comes before width and height.
-    raise DataError(
-      f"{where} claims more pixels than the limit of {MAX_PIXELS}; refusing to"
-      " decode it. Replace it by the original file, or by a smaller copy."
-    ) from None
-  except DataError:
-    raise
-  except UnidentifiedImageError:
-    # Its own text names an object in memory, not the file.
-    raise DataError(
-      f"{where} cannot be decoded (of no known format): it is cut off, no"
-      " image, or none of JPEG, PNG, BMP and TIFF. Replace it by the original"
-      " file, or convert it."
-    ) from None
-  except Exception as error:
-    # Pillow's decoders raise OSError, SyntaxError, struct.error and others.
-    raise DataError(
-      f"{where} cannot be decoded ({archives.shown(error)}): it is cut off or"
-      " no image. Replace it by the original file."
-    ) from None
-  return image

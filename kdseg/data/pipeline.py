@@ -150,7 +150,9 @@ def eval_batches(arrays: Arrays, batch_size: int) -> Iterator[Batch]:
     index = np.arange(start, min(start + batch_size, len(arrays)))
     missing = batch_size - len(index)
 
-    def pad(values: np.ndarray, fill: int = 0, missing: int = missing):
+    def pad(
+      values: np.ndarray, fill: int = 0, missing: int = missing
+    ) -> np.ndarray:
       width = [(0, missing)] + [(0, 0)] * (values.ndim - 1)
       return np.pad(values, width, constant_values=fill)
 

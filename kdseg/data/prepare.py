@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from collections.abc import Mapping
+import inspect
 import os
 import pathlib
 from typing import Any
@@ -14,8 +15,10 @@ from kdseg.data import builder as builder_lib
 from kdseg.data import sets
 from kdseg.data.archives import DataError
 from kdseg.runtime import files
+from kdseg.runtime import names
 
 Builders = Mapping[str, type[builder_lib.PairBuilder]]
+Path = str | os.PathLike[str]
 
 
 class Record(NamedTuple):
@@ -29,51 +32,59 @@ class Record(NamedTuple):
 def make_builder(
   name: str,
   *,
-  data_dir: str | os.PathLike[str] | None = None,
+  data_dir: Path | None = None,
   builders: Builders = sets.BUILDERS,
   **options: Any,
 ) -> builder_lib.PairBuilder:
   """Returns the tfds builder of a data set, not prepared.
 
+  Args:
+    name: a key of `builders`.
+    data_dir: where prepared data sets lie; the default of tfds if None.
+    builders: the data sets by name.
+    **options: of the builder, e.g. `duplicates="include"`.
+
   Raises:
-    DataError: on an unknown name, or if what lies prepared is damaged.
-    TypeError: on an option that the data set does not have.
+    UnknownNameError: on an unknown name, or an option the data set lacks.
+    DataError: if what lies prepared is damaged.
     ValueError: on a value that an option does not have.
   """
-  if name not in builders:
-    raise DataError(
-      f"no data set is called {name!r}; there are {', '.join(builders)}."
-    )
+  names.check_known("data set", [name], builders)
+  known = [
+    parameter.name
+    for owner in (builders[name], builder_lib.PairBuilder)
+    for parameter in inspect.signature(owner.__init__).parameters.values()
+    if parameter.kind is parameter.KEYWORD_ONLY and parameter.name != "config"
+  ]
+  names.check_known(f"option of {name}", options, dict.fromkeys(known))
   try:
     return builders[name](data_dir=data_dir, **options)
   except Exception as error:
-    if isinstance(error, OSError | TypeError | ValueError) and not isinstance(
+    if isinstance(error, OSError | ValueError) and not isinstance(
       error, UnicodeDecodeError
     ):
       raise
-    # tfds reads the dataset_info.json of an earlier run, whatever became of it,
+    # tfds reads the dataset_info.json of an earlier run, which may be damaged,
     # and raises ParseError or AssertionError.
-    raise DataError(
-      _damaged(_data_root(data_dir) / name, archives.shown(error))
-    ) from None
+    raise _damaged(_data_root(data_dir) / name, error) from None
 
 
 def prepare(
   name: str,
   *,
-  data_dir: str | os.PathLike[str] | None = None,
-  manual_dir: str | os.PathLike[str] | None = None,
+  data_dir: Path | None = None,
+  manual_dir: Path | None = None,
   builders: Builders = sets.BUILDERS,
   **options: Any,
 ) -> builder_lib.PairBuilder:
   """Returns the builder of a prepared data set, preparing it if it is not.
 
   Args:
-    name: a key of `builders`.
-    data_dir: where prepared data sets lie; the default of tfds if None.
-    manual_dir: the official archives, or for `folder` the folder itself.
-    builders: the data sets by name.
-    **options: of the builder, e.g. `duplicates="include"`.
+    name: see `make_builder`.
+    data_dir: see `make_builder`.
+    manual_dir: the official archives, or the folder of own pictures.
+    builders: see `make_builder`.
+    **options: see `make_builder`.
 
   Returns:
     The tfds builder, ready for `as_data_source`.
@@ -104,7 +115,7 @@ def prepare(
     with files.writing(_data_root(data_dir)):
       builder.download_and_prepare(download_config=config)
   except DataError as error:
-    # Without the thirty frames of tfds between the fault and its reader.
+    # Leaves out the thirty frames of tfds in between.
     raise DataError(str(error)) from None
   except files.WriteError:
     raise
@@ -143,35 +154,32 @@ def read_records(
       )
   except Exception as error:
     # A damaged file gives RuntimeError or None in the place of bytes.
-    raise DataError(_damaged(builder.data_dir, archives.shown(error))) from None
+    raise _damaged(builder.data_dir, error) from None
 
 
 def read_metadata(builder: builder_lib.PairBuilder) -> Mapping[str, Any]:
-  """What was found of the official release when the data were prepared.
+  """Returns what was found of the release when the data were prepared.
 
   Raises:
     DataError: if it is not there; names its folder.
   """
-  metadata = builder.info.metadata
-  missing = [key for key in builder_lib.METADATA if key not in metadata]
-  if missing:
-    raise DataError(
-      _damaged(builder.data_dir, f"metadata.json has no {missing[0]}")
-    )
+  metadata: Mapping[str, Any] = builder.info.metadata
+  for key in builder_lib.METADATA:
+    if key not in metadata:
+      raise _damaged(builder.data_dir, f"metadata.json has no {key}")
   return metadata
 
 
-def _damaged(folder: str | os.PathLike[str], error: object) -> str:
-  return (
-    f"what lies prepared in {folder} is damaged ({error}). Delete that folder"
-    " to prepare it anew."
+def _damaged(folder: Path, error: object) -> DataError:
+  return DataError(
+    f"what lies prepared in {folder} is damaged ({archives.shown(error)})."
+    " Delete that folder to prepare it anew."
   )
 
 
-def _data_root(data_dir: str | os.PathLike[str] | None) -> pathlib.Path:
+def _data_root(data_dir: Path | None) -> pathlib.Path:
   """Returns where prepared data sets lie."""
-  root = data_dir or tfds.core.constants.DATA_DIR
-  return pathlib.Path(root).expanduser()
+  return pathlib.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
 
 
 def _check_same_files(

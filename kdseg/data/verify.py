@@ -5,12 +5,9 @@ what forbids nothing: sizes, empty masks, masks that touch the frame, and
 images that look alike within a split or across splits.
 """
 
-from collections.abc import Iterator
 from collections.abc import Mapping
-from collections.abc import Sequence
 import dataclasses
 import functools
-import os
 import pathlib
 from typing import Any
 
@@ -21,7 +18,8 @@ import tqdm
 
 from kdseg.data import archives
 from kdseg.data import builder as builder_lib
-from kdseg.data import pairs
+from kdseg.data import decode
+from kdseg.data import orientations
 from kdseg.data import prepare
 from kdseg.data import sets
 from kdseg.data.archives import DataError
@@ -46,13 +44,19 @@ class Alike:
     first: `split/id`.
     second: `split/id`.
     bits: in how many of the 255 bits of their hashes they differ.
-    across: whether they are in different splits.
   """
 
   first: str
   second: str
   bits: int
-  across: bool
+
+  @property
+  def across(self) -> bool:
+    """Whether they are in different splits."""
+    return self.first.split("/", 1)[0] != self.second.split("/", 1)[0]
+
+  def __str__(self) -> str:
+    return f"{self.first} and {self.second} ({self.bits} of 255 bits differ)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,32 +64,24 @@ class Report:
   """What `verify` found.
 
   Attributes:
-    name: of the data set.
-    source: where it was read.
-    counts: pairs by split.
-    official: pairs of the official release, by split.
-    found: pairs found of that release, by split.
-    excluded: ids found but kept out of training and validation.
+    title: the data set, and where it was read.
+    inventory: its pairs.
+    official: by split, pairs of the official release.
     sizes: by split, (height, width) of each image, in pixels.
     problems: each forbids the use of the data set.
-    notes: what else the inventory says.
     empty: `split/id` of masks with no lesion.
     touching: `split/id` of masks with lesion on the frame.
     alike: pairs of images that look alike.
   """
 
-  name: str
-  source: str
-  counts: Mapping[str, int]
+  title: str
+  inventory: Inventory
   official: Mapping[str, int]
-  found: Mapping[str, int]
-  excluded: tuple[str, ...]
-  sizes: Mapping[str, tuple[tuple[int, int], ...]]
+  sizes: Mapping[str, list[tuple[int, int]]]
   problems: tuple[str, ...]
-  notes: tuple[str, ...]
-  empty: tuple[str, ...]
-  touching: tuple[str, ...]
-  alike: tuple[Alike, ...]
+  empty: tuple[str, ...] = ()
+  touching: tuple[str, ...] = ()
+  alike: tuple[Alike, ...] = ()
 
   @property
   def ok(self) -> bool:
@@ -96,20 +92,20 @@ class Report:
 def verify(
   name: str,
   *,
-  manual_dir: str | os.PathLike[str] | None = None,
-  data_dir: str | os.PathLike[str] | None = None,
+  manual_dir: prepare.Path | None = None,
+  data_dir: prepare.Path | None = None,
   builders: prepare.Builders = sets.BUILDERS,
   **options: Any,
 ) -> Report:
   """Checks every file of a data set.
 
   Args:
-    name: a key of `builders`.
+    name: see `prepare.make_builder`.
     manual_dir: the archives or the folder. Without it, what lies prepared in
       `data_dir` is looked through instead.
-    data_dir: where prepared data sets lie; the default of tfds if None.
-    builders: the data sets by name.
-    **options: of the builder.
+    data_dir: see `prepare.make_builder`.
+    builders: see `prepare.make_builder`.
+    **options: see `prepare.make_builder`.
 
   Returns:
     The report; nothing is written.
@@ -117,9 +113,6 @@ def verify(
   Raises:
     DataError: if there is nothing to look through.
   """
-  if name == "folder" and manual_dir is None:
-    raise DataError("verify folder needs --manual_dir, the folder itself.")
-  grey_masks = options.get("grey_masks", "error")
   builder = prepare.make_builder(
     name, data_dir=data_dir, builders=builders, **options
   )
@@ -127,31 +120,45 @@ def verify(
     directory = pathlib.Path(manual_dir).expanduser()
     if not directory.is_dir():
       raise DataError(f"manual_dir {directory} is no folder.")
-    inventory = builder.inventory(directory)
-    source = str(directory)
-  elif name == "synthetic":
-    inventory = builder.inventory(None)
-    source = "drawn"
+    source, inventory = str(directory), builder.inventory(directory)
   elif prepare.is_prepared(builder):
-    inventory = prepared_inventory(builder)
-    source = str(builder.data_dir)
+    source, inventory = builder.data_dir, prepared_inventory(builder)
   else:
-    raise DataError(
-      f"{name} is not prepared in {builder.data_dir}. Pass --manual_dir, or"
-      f" run `python -m kdseg.data prepare {name}` first."
-    )
-  return inspect(name, source, inventory, grey_masks=grey_masks)
+    try:
+      source, inventory = "drawings", builder.inventory(None)
+    except DataError as error:
+      raise DataError(
+        f"{name} is not prepared in {builder.data_dir}; pass --manual-dir."
+        f" {error}"
+      ) from None
+  return inspect(
+    f"{name} from {source}",
+    inventory,
+    official=builder.official_counts or inventory.found,
+    grey_masks=options.get("grey_masks", "error"),
+  )
 
 
 def prepared_inventory(builder: builder_lib.PairBuilder) -> Inventory:
-  """The inventory of a prepared data set, read from its records."""
+  """Returns the inventory of a prepared data set, read from its records."""
+
+  def file(split: str, name: str, content: bytes) -> archives.File:
+    where = f"{builder.name}/{split}: {name}"
+    return archives.File(name, "", where, len(content), lambda: content)
+
   metadata = prepare.read_metadata(builder)
-  splits = {
-    split: tuple(_record_pairs(builder, split)) for split in builder.info.splits
-  }
   return Inventory(
-    splits=splits,
-    official=metadata["official_count"],
+    splits={
+      split: tuple(
+        Pair(
+          id_,
+          file(split, f"{id_}.image", image),
+          file(split, f"{id_}.mask", mask),
+        )
+        for id_, image, mask in prepare.read_records(builder, split)
+      )
+      for split in builder.info.splits
+    },
     found=metadata["found_count"],
     excluded=tuple(metadata["excluded"]),
     notes=tuple(metadata["notes"]),
@@ -160,44 +167,44 @@ def prepared_inventory(builder: builder_lib.PairBuilder) -> Inventory:
 
 
 def inspect(
-  name: str, source: str, inventory: Inventory, *, grey_masks: str = "error"
+  title: str,
+  inventory: Inventory,
+  *,
+  official: Mapping[str, int],
+  grey_masks: str = "error",
 ) -> Report:
   """Decodes every pair of an inventory and reports on it.
 
   Args:
-    name: of the data set.
-    source: where it comes from, for the report.
-    inventory: the pairs.
-    grey_masks: see `pairs.decode_mask`.
+    title: the data set, and where it was read.
+    inventory: its pairs.
+    official: by split, pairs of the official release.
+    grey_masks: see `decode.decode_mask`.
 
   Returns:
     The report.
   """
   problems = list(inventory.problems)
-  sizes = {split: [] for split in inventory.splits}
-  names, thumbs, empty, touching = [], [], [], []
+  sizes: dict[str, list[tuple[int, int]]] = {s: [] for s in inventory.splits}
+  thumbs: dict[str, np.ndarray] = {}
+  empty, touching = [], []
   everything = [
     (split, pair)
     for split, split_pairs in inventory.splits.items()
     for pair in split_pairs
   ]
   for split, pair in tqdm.tqdm(
-    everything, desc=f"Reading {name}", leave=False, disable=None
+    everything, desc=f"Reading {title}", leave=False, disable=None
   ):
     label = f"{split}/{pair.id}"
     try:
-      image = pairs.decode_pairs_image(pair)
-    except DataError as error:
-      problems.append(str(error))
-      continue
-    sizes[split].append(image.shape[:2])
-    names.append(label)
-    thumbs.append(thumb(image))
-    try:
-      mask = pairs.decode_mask(
+      image = decode.decode_pairs_image(pair)
+      sizes[split].append(image.shape[:2])
+      thumbs[label] = thumb(image)
+      mask = decode.decode_mask(
         pair.mask.read(), pair.mask.where, grey_masks=grey_masks
       )
-      pairs.check_sizes(pair, image, mask)
+      decode.check_sizes(pair, image, mask)
     except DataError as error:
       problems.append(str(error))
       continue
@@ -206,18 +213,14 @@ def inspect(
     if touches_frame(mask):
       touching.append(label)
   return Report(
-    name=name,
-    source=source,
-    counts={split: len(found) for split, found in inventory.splits.items()},
-    official=dict(inventory.official),
-    found=dict(inventory.found),
-    excluded=inventory.excluded,
-    sizes={split: tuple(found) for split, found in sizes.items()},
+    title=title,
+    inventory=inventory,
+    official=official,
+    sizes=sizes,
     problems=tuple(problems),
-    notes=inventory.notes,
     empty=tuple(empty),
     touching=tuple(touching),
-    alike=find_alike(names, thumbs),
+    alike=find_alike(thumbs),
   )
 
 
@@ -249,48 +252,35 @@ def perceptual_hash(thumbs: np.ndarray) -> np.ndarray:
   return np.ascontiguousarray(packed).view(np.uint64)
 
 
-def orientations(thumbs: np.ndarray) -> Iterator[np.ndarray]:
-  """The eight ways to lay [n, s, s] pictures on the table."""
-  for quarter_turns in range(4):
-    turned = np.rot90(thumbs, quarter_turns, axes=(1, 2))
-    yield turned
-    yield turned[:, :, ::-1]
-
-
-def find_alike(
-  names: Sequence[str], thumbs: Sequence[np.ndarray]
-) -> tuple[Alike, ...]:
-  """Finds pairs of images that look alike, whichever way they are turned.
+def find_alike(thumbs: Mapping[str, np.ndarray]) -> tuple[Alike, ...]:
+  """Finds pairs of images that look alike, in whatever orientation.
 
   Args:
-    names: `split/id` of each image.
-    thumbs: see `thumb`.
+    thumbs: see `thumb`, by `split/id`.
 
   Returns:
     The pairs, those across splits first, then by likeness.
   """
-  if len(names) < 2:
+  if len(thumbs) < 2:
     return ()
-  stacked = np.stack(thumbs)
-  upright = perceptual_hash(stacked)
-  turned = [perceptual_hash(way) for way in orientations(stacked)]
+  names = list(thumbs)
+  stacked = np.stack(list(thumbs.values()))
+  turned = [
+    perceptual_hash(orientations.orient(stacked, k))
+    for k in range(orientations.ORIENTATIONS)
+  ]
   found = []
   for row in range(len(names) - 1):
     bits = functools.reduce(
       np.minimum,
       (
-        np.bitwise_count(upright[row] ^ way[row + 1 :]).sum(-1, dtype=int)
+        np.bitwise_count(turned[0][row] ^ way[row + 1 :]).sum(-1, dtype=int)
         for way in turned
       ),
     )
     found += [
-      Alike(
-        names[row],
-        names[row + 1 + other],
-        int(bits[other]),
-        _split(names[row]) != _split(names[row + 1 + other]),
-      )
-      for other in np.flatnonzero(bits <= ALIKE_BITS)
+      Alike(names[row], names[row + 1 + other], int(bits[other]))
+      for other in np.flatnonzero(bits <= ALIKE_BITS).tolist()
     ]
   return tuple(sorted(found, key=lambda pair: (not pair.across, pair.bits)))
 
@@ -302,27 +292,28 @@ def touches_frame(mask: np.ndarray) -> bool:
 
 def describe(report: Report, *, limit: int = 20) -> str:
   """Writes a report as text, each list cut after `limit` lines."""
-  lines = [f"{report.name} from {report.source}", ""]
-  for split, count in report.counts.items():
-    heights, widths = np.array(report.sizes[split]).reshape(-1, 2).T
-    line = f"  {split:<11}{count:>5} pairs"
-    line += f", {report.found[split]} of {report.official[split]} found"
-    if len(heights):
+  inventory = report.inventory
+  lines = [report.title, ""]
+  for split, split_pairs in inventory.splits.items():
+    line = f"  {split:<11}{len(split_pairs):>5} pairs"
+    line += f", {inventory.found[split]} of {report.official[split]} found"
+    if report.sizes[split]:
+      heights, widths = np.array(report.sizes[split]).T
       line += (
         f", width {_spread(widths)}, height {_spread(heights)} (min/median/max)"
       )
     lines.append(line)
-  if report.excluded:
-    lines.append(f"  kept out of training: {', '.join(report.excluded)}")
-  lines += [f"  note: {note}" for note in report.notes]
+  if inventory.excluded:
+    lines.append(f"  kept out of training: {', '.join(inventory.excluded)}")
+  lines += [f"  note: {note}" for note in inventory.notes]
   across = [pair for pair in report.alike if pair.across]
   within = [pair for pair in report.alike if not pair.across]
   for title, entries in (
-    ("problems, each to be mended before use", report.problems),
+    ("problems, each to be solved before use", report.problems),
     ("empty masks", report.empty),
     ("masks that touch the frame", report.touching),
-    ("look-alikes across splits", [_pair_line(pair) for pair in across]),
-    ("look-alikes within a split", [_pair_line(pair) for pair in within]),
+    ("look-alikes across splits", across),
+    ("look-alikes within a split", within),
   ):
     lines += ["", f"{len(entries)} {title}"]
     lines += [f"  {entry}" for entry in entries[:limit]]
@@ -334,23 +325,3 @@ def describe(report: Report, *, limit: int = 20) -> str:
 
 def _spread(values: np.ndarray) -> str:
   return f"{values.min()}/{np.median(values):g}/{values.max()}"
-
-
-def _pair_line(pair: Alike) -> str:
-  return f"{pair.first} and {pair.second} ({pair.bits} of 255 bits differ)"
-
-
-def _split(label: str) -> str:
-  return label.split("/", 1)[0]
-
-
-def _record_pairs(
-  builder: builder_lib.PairBuilder, split: str
-) -> Iterator[Pair]:
-  where = f"{builder.name}/{split}"
-  for id_, image, mask in prepare.read_records(builder, split):
-    yield Pair(
-      id_,
-      archives.in_memory(f"{id_}.image", where, image),
-      archives.in_memory(f"{id_}.mask", where, mask),
-    )

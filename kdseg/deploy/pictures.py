@@ -10,7 +10,7 @@ from PIL import Image
 from PIL import ImageOps
 
 from kdseg.data import archives
-from kdseg.data import pairs
+from kdseg.data import decode
 
 SUFFIXES = frozenset(
   {".bmp", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff"}
@@ -68,7 +68,7 @@ def read(path: pathlib.Path) -> np.ndarray:
       f"{where} is a folder without images, or one that may not be listed; "
       "name a file, or another folder."
     )
-  image = pairs.open_image(archives.read_path(path), where)
+  image = decode.open_image(archives.read_path(path), where)
   try:
     image = ImageOps.exif_transpose(image)
   except Exception as error:
@@ -81,7 +81,7 @@ def read(path: pathlib.Path) -> np.ndarray:
     image = image.convert("L")
   if image.mode.startswith("I"):
     return _from_16_bit(image, where)
-  if image.mode not in pairs.IMAGE_MODES:
+  if image.mode not in decode.IMAGE_MODES:
     raise archives.DataError(
       f"{where} has pixels of kind {image.mode!r}; convert it to 8-bit RGB."
     )

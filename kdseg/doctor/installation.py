@@ -162,11 +162,11 @@ def check_archives(folder: pathlib.Path) -> Iterator[Finding]:
     # Validation is a part of the training pairs.
     found = {x: n for x, n in inventory.found.items() if x != "validation"}
     text = ", ".join(
-      f"{split} {count} of {inventory.official[split]}"
+      f"{split} {count} of {builder.official_counts[split]}"
       for split, count in found.items()
     )
     # A part of the training pairs is enough to train, not to compare scores.
-    whole = all(inventory.official[split] == n for split, n in found.items())
+    whole = all(builder.official_counts[split] == n for split, n in found.items())
     yield (ok if whole else warning)(
       f"{name}: pairs: {text}", f"{verify} decodes every image"
     )

@@ -128,13 +128,17 @@ def test_any_change_changes_the_fingerprint(field):
 # Loading.
 
 
-def test_load_names_the_splits_and_data_sets_there_are(tmp_path, make_folder):
+def test_load_names_the_splits_sets_and_options_there_are(
+  tmp_path, make_folder
+):
   own = make_folder(tmp_path / "own", ["a", "b"])
   kwargs = {"size": 8, "data_dir": tmp_path / "data", "manual_dir": own}
   with pytest.raises(DataError, match=r"has no split 'tset', only "):
     loading.load("folder", "tset", **kwargs)
-  with pytest.raises(DataError, match=r"'isic2017'; there are isic2016, ph2"):
+  with pytest.raises(ValueError, match='"isic2017"; did you mean "isic2016'):
     loading.load("isic2017", "train", **kwargs)
+  with pytest.raises(ValueError, match='unknown option of folder "seed"'):
+    loading.load("folder", "train", seed=1, **kwargs)
   with pytest.raises(ValueError, match="size is 0"):
     loading.load("folder", "train", size=0)
 

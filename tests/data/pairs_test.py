@@ -1,200 +1,64 @@
-import io
-import struct
-import zlib
+import re
 
-import numpy as np
-from PIL import Image
 import pytest
-import tiny_archives as tiny
 
-from kdseg.data import archives
 from kdseg.data import pairs
 from kdseg.data.archives import DataError
-
-MASK = tiny.lesion(0)
-
-
-def _grey(*values: int) -> bytes:
-  return tiny.encode(np.array([values], np.uint8), "PNG")
+from kdseg.data.archives import File
 
 
-def test_lesion_is_above_128():
-  mask = pairs.decode_mask(
-    _grey(0, 127, 128, 129, 255), "here", grey_masks="threshold"
+def _file(path: str, size: int = 1) -> File:
+  return File(path, "A.zip", f"A.zip: {path}", size, lambda: b".")
+
+
+def _sorted(*paths: str) -> pairs.Sorted:
+  find_id = pairs.id_in_name(re.compile(r"(\w+)\.png"))
+  return pairs.sort_by_id(map(_file, paths), find_id)
+
+
+def test_files_are_sorted_by_the_id_in_their_name():
+  found = _sorted("x/a.png", "notes.txt", "b.png", "y/A.png")
+  assert {id_: file.path for id_, file in found.files.items()} == {
+    "A": "x/a.png",
+    "B": "b.png",
+  }
+  assert found.strangers == ["notes.txt"]
+  assert found.problems == ["A.zip has A twice (x/a.png, y/A.png); keep one."]
+
+
+def test_pairs_are_matched_by_id_and_the_lonely_named():
+  images, masks = (
+    _sorted("c.png", "a.png").files,
+    _sorted("b.png", "a.png").files,
   )
-  np.testing.assert_array_equal(mask, [[False, False, False, True, True]])
+  matched, unmasked, unpictured = pairs.match(images, masks)
+  assert [(p.id, p.image, p.mask) for p in matched] == [
+    ("A", images["A"], masks["A"])
+  ]
+  assert unmasked[0].startswith("C: no mask in A.zip for 1 of 2 images.")
+  assert unpictured[0].startswith("B: no image in A.zip for 1 of 2 masks.")
 
 
-def test_a_mask_of_0_and_1_has_its_lesion_at_1():
-  np.testing.assert_array_equal(
-    pairs.decode_mask(_grey(0, 1, 1), "here"), [[False, True, True]]
+def test_a_release_that_is_not_whole_or_another_is_named():
+  problems = pairs.compare_with_release(
+    "mask", _sorted("a.png", "x.png").files, ["A", "B", "C"], "PH2"
   )
+  assert "has 1 masks that are not in PH2: X." in problems[0]
+  assert "lacks 2 of the 3 masks of PH2: B, C." in problems[1]
+  whole = _sorted("a.png").files
+  assert pairs.compare_with_release("mask", whole, ["A"], "PH2") == []
 
 
-@pytest.mark.parametrize("value", [0, 255])
-def test_a_mask_of_one_value_is_all_or_nothing(value):
-  mask = pairs.decode_mask(_grey(value, value), "here")
-  assert mask.tolist() == [[value == 255] * 2]
+def test_an_inventory_counts_and_stamps_its_pairs_unless_told():
+  def take(size: int, **changes) -> pairs.Inventory:
+    pair = pairs.Pair("a", _file("a.jpg"), _file("a.png", size))
+    return pairs.Inventory({"train": (), "test": (pair,)}, **changes)
 
-
-def test_masks_of_1_8_and_24_bits_and_palettes_are_the_same():
-  palette = Image.fromarray(MASK).convert("P")
-  buffer = io.BytesIO()
-  palette.save(buffer, format="PNG")
-  grey = MASK.astype(np.uint8) * 255
-  for content in (
-    tiny.encode(MASK, "BMP"),
-    tiny.encode(grey, "BMP"),
-    tiny.encode(np.repeat(grey[..., None], 3, -1), "BMP"),
-    tiny.encode(grey, "TIFF"),
-    buffer.getvalue(),
-  ):
-    np.testing.assert_array_equal(pairs.decode_mask(content, "here"), MASK)
-
-
-@pytest.mark.parametrize("values", [(0, 254, 255), (0, 77), (0, 2), (1, 255)])
-def test_grey_values_are_refused_with_the_way_out(values):
-  with pytest.raises(DataError, match=r'here is a mask with grey.*"threshold"'):
-    pairs.decode_mask(_grey(*values), "here")
-
-
-def test_a_coloured_mask_is_refused():
-  content = tiny.encode(tiny.picture(0), "PNG")
-  with pytest.raises(DataError, match="here has colours"):
-    pairs.decode_mask(content, "here", grey_masks="threshold")
-
-
-def test_a_16_bit_mask_is_refused():
-  content = tiny.encode(np.full((4, 4), 65535, np.uint16), "PNG")
-  with pytest.raises(DataError, match="here has pixels of kind 'I;16'"):
-    pairs.decode_mask(content, "here")
-
-
-def encode(image):
-  buffer = io.BytesIO()
-  image.save(buffer, "PNG")
-  return buffer.getvalue()
-
-
-def test_a_transparent_mask_is_refused_and_an_opaque_one_read():
-  alpha = Image.new("L", (4, 4), 255)
-  lesion = Image.fromarray(np.eye(4, dtype=np.uint8) * 255)
-  for mode, channels in (("RGBA", [lesion] * 3), ("LA", [lesion])):
-    opaque = encode(Image.merge(mode, [*channels, alpha]))
-    np.testing.assert_array_equal(pairs.decode_mask(opaque, "m"), np.eye(4))
-    clear = encode(Image.merge(mode, [*channels, lesion]))
-    with pytest.raises(DataError, match="m is partly transparent"):
-      pairs.decode_mask(clear, "m")
-  palette = lesion.convert("P")
-  palette.info["transparency"] = 0
-  with pytest.raises(DataError, match="m is partly transparent"):
-    pairs.decode_mask(encode(palette), "m")
-
-
-def test_a_colour_mask_of_16_bits_is_refused():
-  # Pillow writes none: 1 x 1 pixel, 0 255 0 255 0 255.
-  def chunk(kind, content):
-    checked = kind + content
-    size = len(content).to_bytes(4, "big")
-    return size + checked + zlib.crc32(checked).to_bytes(4, "big")
-
-  header = chunk(b"IHDR", bytes([0, 0, 0, 1, 0, 0, 0, 1, 16, 2, 0, 0, 0]))
-  pixels = chunk(b"IDAT", zlib.compress(bytes([0] + [0, 255] * 3)))
-  content = b"\x89PNG\r\n\x1a\n" + header + pixels + chunk(b"IEND", b"")
-  with pytest.raises(DataError, match="m has 16 bits a channel"):
-    pairs.decode_mask(content, "m")
-
-
-def test_an_unknown_rule_for_grey_masks_is_refused():
-  with pytest.raises(ValueError, match="grey_masks is 'maybe'"):
-    pairs.decode_mask(_grey(0), "here", grey_masks="maybe")
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP"])
-def test_an_image_cut_anywhere_is_refused(kind):
-  whole = tiny.encode(tiny.picture(0, 64, 64), kind)
-  pairs.decode_image(whole, "here")
-  for length in (0, 4, 40, len(whole) // 2, len(whole) - 30):
-    with pytest.raises(DataError, match=r"here (cannot be decoded|is empty)"):
-      pairs.decode_image(whole[:length], "here")
-
-
-def test_what_is_no_image_is_told_by_its_name_alone():
-  with pytest.raises(DataError, match="of no known format") as error:
-    pairs.decode_image(b"<html></html>", "here")
-  assert "BytesIO" not in str(error.value)
-
-
-def _png_that_claims(width: int, height: int) -> bytes:
-  def chunk(kind: bytes, content: bytes) -> bytes:
-    checksum = zlib.crc32(kind + content)
-    return (
-      struct.pack(">I", len(content))
-      + kind
-      + content
-      + struct.pack(">I", checksum)
-    )
-
-  header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-  return (
-    b"\x89PNG\r\n\x1a\n"
-    + chunk(b"IHDR", header)
-    + chunk(b"IDAT", zlib.compress(b"\0"))
-    + chunk(b"IEND", b"")
-  )
-
-
-@pytest.mark.parametrize("side", [10_001, 60_000])
-def test_a_picture_that_claims_too_many_pixels_is_never_decoded(side):
-  with pytest.raises(DataError, match=r"here.*pixels"):
-    pairs.decode_image(_png_that_claims(side, side), "here")
-
-
-def test_a_large_honest_picture_brings_no_warning():
-  # Pillow warns from 89 megapixels on; the limit here is 100.
-  with pytest.raises(DataError, match="cannot be decoded"):
-    pairs.decode_image(_png_that_claims(9_900, 9_900), "here")
-
-
-def test_grey_and_palette_images_become_rgb():
-  grey = np.array([[0, 100, 255]], np.uint8)
-  rgb = np.repeat(grey[..., None], 3, -1)
-  np.testing.assert_array_equal(
-    pairs.decode_image(tiny.encode(grey, "PNG"), "here"), rgb
-  )
-
-
-def _pair(image: bytes, mask: bytes) -> pairs.Pair:
-  return pairs.Pair(
-    "ISIC_1",
-    archives.in_memory("image.png", "A.zip", image),
-    archives.in_memory("mask.png", "B.zip", mask),
-  )
-
-
-def test_a_mask_of_another_size_is_refused_by_id_and_both_sizes():
-  pair = _pair(
-    tiny.encode(tiny.picture(0, 8, 12), "PNG"),
-    tiny.mask_bytes(tiny.lesion(0, 9, 12)),
-  )
-  with pytest.raises(DataError, match=r"ISIC_1: the mask is 12x9 .* 12x8"):
-    pairs.decode_pair(pair)
-
-
-def test_a_jpeg_keeps_its_bytes_and_a_bitmap_its_pixels():
-  image = tiny.picture(0)
-  jpeg = tiny.encode(image, "JPEG")
-  assert pairs.keep_or_encode(jpeg, pairs.decode_image(jpeg, "")) is jpeg
-  kept = pairs.keep_or_encode(tiny.encode(image, "BMP"), image)
-  assert kept.startswith(b"\x89PNG")
-  np.testing.assert_array_equal(pairs.decode_image(kept, ""), image)
-
-
-def test_a_grey_jpeg_is_stored_as_rgb():
-  grey = tiny.encode(np.full((8, 8), 100, np.uint8), "JPEG")
-  kept = pairs.keep_or_encode(grey, pairs.decode_image(grey, ""))
-  with Image.open(io.BytesIO(kept)) as image:
-    assert image.mode == "RGB"
+  assert dict(take(1).splits) == {"test": take(1).splits["test"]}
+  assert take(1).found == {"test": 1}
+  assert take(1, found={"test": 5}).found == {"test": 5}
+  assert take(1).stamp == take(1).stamp != take(2).stamp
+  assert take(1, stamp="x").stamp == "x"
 
 
 def test_one_id_in_ten_is_held_out_and_always_the_same():
@@ -208,25 +72,12 @@ def test_one_id_in_ten_is_held_out_and_always_the_same():
 
 
 def test_the_first_problem_is_raised_and_the_others_counted():
-  inventory = pairs.Inventory({}, {}, {}, problems=("first", "second", "third"))
+  inventory = pairs.Inventory({}, problems=("first", "second", "third"))
   with pytest.raises(DataError, match=r"^first \(2 more"):
     inventory.check()
-  pairs.Inventory({}, {}, {}).check()
+  pairs.Inventory({}).check()
 
 
 def test_listing_counts_what_it_does_not_show():
   assert pairs.listing("abcdefg", limit=3) == "a, b, c and 4 more"
   assert pairs.listing("ab") == "a, b"
-
-
-def test_a_picture_that_claims_ten_gigapixels_says_what_to_do():
-  with pytest.raises(DataError, match=r"here claims .*Replace it by the orig"):
-    pairs.decode_image(_png_that_claims(100_000, 100_000), "here")
-  with pytest.raises(DataError, match=r"here claims .*Replace it by the orig"):
-    pairs.decode_mask(_png_that_claims(100_000, 100_000), "here")
-
-
-def test_the_header_of_a_large_honest_picture_is_read_without_a_warning():
-  image = tiny.picture(0)
-  kept = pairs.keep_or_encode(_png_that_claims(9_900, 9_900), image)
-  np.testing.assert_array_equal(pairs.decode_image(kept, ""), image)

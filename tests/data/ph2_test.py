@@ -3,7 +3,7 @@ import pytest
 import tensorflow_datasets as tfds
 import tiny_archives as tiny
 
-from kdseg.data import pairs
+from kdseg.data import decode
 from kdseg.data import prepare
 from kdseg.data.archives import DataError
 from kdseg.data.sets import ph2
@@ -42,9 +42,9 @@ def test_all_200_pairs_are_one_split(tmp_path, ph2_files):
   found.check()
   assert [pair.id for pair in found.splits["test"]] == list(ph2.IDS)
   assert list(found.splits) == ["test"]
-  assert found.official == found.found == {"test": 200}
+  assert found.found == ph2.Ph2.official_counts == {"test": 200}
   for pair in found.splits["test"]:
-    mask = pairs.decode_mask(pair.mask.read(), "")
+    mask = decode.decode_mask(pair.mask.read(), "")
     np.testing.assert_array_equal(mask, tiny.lesion(int(pair.id[3:])))
 
 
@@ -129,7 +129,9 @@ def test_another_archive_under_the_name_is_named(tmp_path):
 )
 def test_a_missing_file_is_named_by_id(tmp_path, ph2_files, path, kind):
   del ph2_files[path]
-  with pytest.raises(DataError, match=f"lacks the {kind} of IMD045"):
+  with pytest.raises(
+    DataError, match=f"lacks 1 of the 200 {kind}s of PH2: IMD045"
+  ):
     ph2.take_inventory(tiny.write_folder(tmp_path, ph2_files)).check()
 
 
@@ -148,5 +150,7 @@ def test_a_foreign_id_and_a_double_one_are_named(tmp_path, ph2_files):
   problems = ph2.take_inventory(
     tiny.write_zip(tmp_path / "a.zip", ph2_files)
   ).problems
-  assert any("IMD001, no image of PH2" in problem for problem in problems)
+  assert any(
+    "1 images that are not in PH2: IMD001" in problem for problem in problems
+  )
   assert any("IMD002 twice" in problem for problem in problems)

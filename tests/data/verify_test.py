@@ -4,6 +4,7 @@ import pytest
 import tiny_archives as tiny
 
 from kdseg.data import __main__ as command
+from kdseg.data import pairs
 from kdseg.data import prepare
 from kdseg.data import verify
 from kdseg.data.archives import DataError
@@ -17,10 +18,8 @@ def _drawings(count: int) -> list[np.ndarray]:
 
 
 def _alike(pictures: list[np.ndarray], names: list[str]) -> list[tuple]:
-  thumbs = [verify.thumb(picture) for picture in pictures]
-  return [
-    (pair.first, pair.second) for pair in verify.find_alike(names, thumbs)
-  ]
+  thumbs = dict(zip(names, map(verify.thumb, pictures), strict=True))
+  return [(pair.first, pair.second) for pair in verify.find_alike(thumbs)]
 
 
 def test_different_lesions_are_not_alike():
@@ -43,7 +42,7 @@ def test_a_copy_is_found_whichever_way_it_lies(way):
 
 def _resaved(picture: np.ndarray) -> np.ndarray:
   content = tiny.encode(picture, "JPEG")
-  return verify.pairs.decode_image(content, "")
+  return verify.decode.decode_image(content, "")
 
 
 def _halved(picture: np.ndarray) -> np.ndarray:
@@ -122,7 +121,7 @@ def test_every_fault_is_listed_not_only_the_first(faulty):
     assert part in joined
   assert report.empty == ("train/t0",)
   assert report.touching == ("train/t1",)
-  assert report.counts == {"train": 6, "test": 1}
+  assert report.inventory.found == {"train": 6, "test": 1}
   # e0 and t0 were drawn from one seed.
   assert [(p.first, p.second, p.across) for p in report.alike] == [
     ("train/t0", "test/e0", True)
@@ -166,25 +165,16 @@ def test_prepared_records_are_verified_without_their_source(tmp_path, isic):
     verify.verify("isic2016", **kwargs)
   prepare.prepare("isic2016", manual_dir=manual_dir, **kwargs)
   from_records = verify.verify("isic2016", **kwargs)
-  for field in ("counts", "found", "excluded", "sizes", "touching", "alike"):
+  for field in ("official", "sizes", "touching", "alike"):
     assert getattr(from_records, field) == getattr(from_files, field)
+  for field in ("found", "excluded", "notes", "stamp"):
+    expected = getattr(from_files.inventory, field)
+    assert getattr(from_records.inventory, field) == expected
 
 
 def test_long_lists_are_cut_and_counted():
-  report = verify.Report(
-    name="x",
-    source="y",
-    counts={},
-    official={},
-    found={},
-    excluded=(),
-    sizes={},
-    problems=tuple(f"problem {n}" for n in range(9)),
-    notes=(),
-    empty=(),
-    touching=(),
-    alike=(),
-  )
+  problems = tuple(f"problem {n}" for n in range(9))
+  report = verify.Report("x", pairs.Inventory({}), {}, {}, problems)
   text = verify.describe(report, limit=2)
   assert "9 problems" in text
   assert "problem 1\n  and 7 more" in text
@@ -196,15 +186,15 @@ def test_long_lists_are_cut_and_counted():
 
 def test_verify_ends_with_0_or_1(tmp_path, faulty, make_folder, capsys):
   good = make_folder(tmp_path / "good", ["a", "b"])
-  assert command.main(["verify", "folder", "--manual_dir", str(good)]) == 0
+  assert command.main(["verify", "folder", "--manual-dir", str(good)]) == 0
   assert capsys.readouterr().out.rstrip().endswith("ok")
-  assert command.main(["verify", "folder", "--manual_dir", str(faulty)]) == 1
+  assert command.main(["verify", "folder", "--manual-dir", str(faulty)]) == 1
   assert "4 problems" in capsys.readouterr().out
 
 
 def test_prepare_prepares_and_says_what_it_found(tmp_path, isic, capsys):
-  arguments = ["prepare", "isic2016", "--data_dir", str(tmp_path / "data")]
-  arguments += ["--manual_dir", str(isic.write(tmp_path / "manual"))]
+  arguments = ["prepare", "isic2016", "--data-dir", str(tmp_path / "data")]
+  arguments += ["--manual-dir", str(isic.write(tmp_path / "manual"))]
   assert command.main(arguments) == 0
   printed = capsys.readouterr().out
   assert "31 of 900 official pairs found" in printed
@@ -215,14 +205,19 @@ def test_prepare_prepares_and_says_what_it_found(tmp_path, isic, capsys):
 
 def test_an_error_is_one_line_on_stderr_and_status_1(tmp_path, capsys):
   (tmp_path / "PH2Dataset.rar").write_bytes(b"Rar!")
-  arguments = ["prepare", "ph2", "--manual_dir", str(tmp_path)]
-  assert command.main([*arguments, "--data_dir", str(tmp_path / "data")]) == 1
+  arguments = ["prepare", "ph2", "--manual-dir", str(tmp_path)]
+  assert command.main([*arguments, "--data-dir", str(tmp_path / "data")]) == 1
   captured = capsys.readouterr()
   assert captured.err.rpartition("error: ")[2].count("unrar") == 1
   assert "Traceback" not in captured.err
 
 
-def test_duplicates_is_an_option_of_isic2016_only(capsys):
-  with pytest.raises(SystemExit):
-    command.main(["verify", "ph2", "--duplicates", "include"])
-  assert "option of isic2016 only" in capsys.readouterr().err
+def test_an_option_is_passed_on_and_an_unknown_one_named(
+  tmp_path, isic, capsys
+):
+  arguments = ["verify", "isic2016"]
+  arguments += ["--manual_dir", str(isic.write(tmp_path))]  # the older spelling
+  assert command.main([*arguments, "--option", "duplicates=include"]) == 0
+  assert "kept in training" in capsys.readouterr().out
+  assert command.main([*arguments, "--option", "duplicate=include"]) == 1
+  assert 'did you mean "duplicates"' in capsys.readouterr().err

@@ -10,6 +10,7 @@ are divided by a hash of the stem: 10 % test, 10 % validation, the rest train.
 """
 
 from collections.abc import Iterable
+import dataclasses
 import hashlib
 import pathlib
 import re
@@ -84,9 +85,7 @@ class Folder(builder.PairBuilder):
   ) -> Inventory:
     """See base class."""
     del download
-    directory = self._directory or manual_dir
-    if directory is None:
-      raise DataError(f"{self.name}: {self.MANUAL_DOWNLOAD_INSTRUCTIONS}")
+    directory = self._directory or self.require(manual_dir)
     return take_inventory(pathlib.Path(directory).expanduser())
 
 
@@ -98,54 +97,49 @@ def take_inventory(directory: pathlib.Path) -> Inventory:
       have them.
 
   Returns:
-    The inventory; its `problems` name files. Whatever is found is what there
-    should be, so `official` equals `found`.
+    The inventory; its `problems` name files.
 
   Raises:
     DataError: if the folder has no such sub-folders.
   """
-  notes = []
+  roots = {split: directory / split for split in SPLITS}
   if (directory / "images").is_dir():
-    matched, problems, files = _match(directory)
-    files = [("", file) for file in files]
+    roots = {"": directory}
+  splits: dict[str, tuple[Pair, ...]] = {}
+  problems: list[str] = []
+  files: list[tuple[str, File]] = []
+  for split, root in roots.items():
+    if root.is_dir():
+      splits[split], its_problems, its_files = _match(root)
+      problems += its_problems
+      files += [(split, file) for file in its_files]
+  if not splits:
+    raise DataError(
+      f"{directory} has neither images/ and masks/ nor any of"
+      f" {', '.join(f'{name}/' for name in SPLITS)}. "
+      + Folder.MANUAL_DOWNLOAD_INSTRUCTIONS
+    )
+  notes = []
+  if "" in splits:
     splits = {
-      name: tuple(p for p in matched if split_of(p.id) == name)
+      name: tuple(pair for pair in splits[""] if split_of(pair.id) == name)
       for name in SPLITS
     }
     if missing := [name for name in SPLITS if not splits[name]]:
       notes.append(f"no pair is for {' or '.join(missing)}. {_HOW_SPLIT}")
-  else:
-    present = [name for name in SPLITS if (directory / name).is_dir()]
-    if not present:
-      raise DataError(
-        f"{directory} has neither images/ and masks/ nor any of"
-        f" {', '.join(f'{name}/' for name in SPLITS)}. "
-        + Folder.MANUAL_DOWNLOAD_INSTRUCTIONS
-      )
-    splits, problems, files = {}, [], []
-    for name in present:
-      matched, its_problems, its_files = _match(directory / name)
-      splits[name] = tuple(matched)
-      problems += its_problems
-      files += [(name, file) for file in its_files]
-    problems += _shared_ids(directory, splits)
-  problems += _unfit_for_files(directory, splits)
-  counts = {name: len(found) for name, found in splits.items() if found}
   return Inventory(
-    splits={name: found for name, found in splits.items() if found},
-    official=counts,
-    found=counts,
-    problems=tuple(problems),
+    splits=splits,
+    problems=(*problems, *_unfit_ids(directory, splits)),
     notes=tuple(notes),
     stamp=_stamp(files),
   )
 
 
 def _stamp(files: Iterable[tuple[str, File]]) -> str:
-  """A short hash of where files lie, their sizes and when they were written.
+  """Hashes where files lie, their sizes and when they were written.
 
-  Unlike a release, a folder is worked on: a pair goes to another split, a mask
-  is drawn anew.
+  Unlike a release, a folder changes: a pair moves to another split, a mask is
+  redrawn.
   """
   digest = hashlib.sha256()
   lines = []
@@ -170,90 +164,64 @@ def split_of(id_: str) -> str:
 
 def _match(
   directory: pathlib.Path,
-) -> tuple[list[Pair], list[str], list[File]]:
-  problems = []
-  found = {}
-  listed = []
-  for kind in ("images", "masks"):
+) -> tuple[tuple[Pair, ...], list[str], list[File]]:
+  """Returns the pairs of `images/` and `masks/`, problems, and all files."""
+  problems: list[str] = []
+  files: list[File] = []
+  found: dict[str, dict[str, File]] = {"images": {}, "masks": {}}
+  for kind in found:
     path = directory / kind
     if not path.is_dir():
       raise DataError(
         f"{directory} has no {kind}/. " + Folder.MANUAL_DOWNLOAD_INSTRUCTIONS
       )
-    files = archives.list_files(path)
-    listed += files
-    found[kind], strangers = {}, []
-    for file in files:
+
+    def find_id(file: File, kind: str = kind) -> str | None:
       if file.suffix not in SUFFIXES:
-        strangers.append(file.path)
-        continue
+        return None
       stem = file.path.rsplit(".", 1)[0]
-      if kind == "masks" and stem not in found["images"]:
-        stem = _MASK_ENDING.sub("", stem)
-      if stem in found[kind]:
-        problems.append(
-          f"{path} has two files for {stem} ({found[kind][stem].path},"
-          f" {file.path}); keep one."
-        )
-      found[kind][stem] = file
+      is_mask = kind == "masks" and stem not in found["images"]
+      return _MASK_ENDING.sub("", stem) if is_mask else stem
+
+    listed = archives.list_files(path)
+    files += listed
+    found[kind], strangers, repeated = pairs.sort_by_id(listed, find_id)
+    problems += repeated
     if strangers:
       problems.append(
         f"{path} has files that are no images: {pairs.listing(strangers)}."
         f" Remove them, or convert them ({', '.join(SUFFIXES)})."
       )
-  images, masks = found["images"], found["masks"]
-  if unmasked := sorted(images.keys() - masks.keys()):
-    problems.append(
-      f"{pairs.listing(unmasked)}: no mask in {directory / 'masks'} for"
-      f" {len(unmasked)} of {len(images)} images. Add it under the same stem,"
-      " or remove the image."
-    )
-  if unpictured := sorted(masks.keys() - images.keys()):
-    problems.append(
-      f"{pairs.listing(unpictured)}: no image in {directory / 'images'} for"
-      f" {len(unpictured)} of {len(masks)} masks. Add it under the same stem,"
-      " or remove the mask."
-    )
-  matched = [
-    Pair(stem, images[stem], masks[stem], upright=True)
-    for stem in sorted(images.keys() & masks.keys())
-  ]
-  return matched, problems, listed
+  matched, unmasked, unpictured = pairs.match(found["images"], found["masks"])
+  problems += unmasked + unpictured
+  upright = tuple(dataclasses.replace(pair, upright=True) for pair in matched)
+  return upright, problems, files
 
 
-def _unfit_for_files(
+def _unfit_ids(
   directory: pathlib.Path, splits: dict[str, tuple[Pair, ...]]
 ) -> list[str]:
-  """Names ids that cannot each have a file in one folder of predictions."""
+  """Names ids of two splits, and ids that no table or file can be named by."""
   problems = []
+  split_of_id: dict[str, str] = {}
   taken: dict[str, str] = {}
-  for found in splits.values():
-    for pair in found:
-      flat = pair.id.replace("/", "_")
+  for split, found in splits.items():
+    for id_ in (pair.id for pair in found):
+      where = f"{directory}: {id_}"
+      flat = id_.replace("/", "_")
+      if split_of_id.setdefault(id_, split) != split:
+        problems.append(
+          f"{where} is in both {split_of_id[id_]}/ and {split}/. Remove one, or"
+          " rename it if it is another lesion."
+        )
       if len(f"{flat}.png".encode()) > MAX_NAME_BYTES:
         problems.append(
-          f"{directory}: {pair.id} is too long for the name of a prediction,"
-          f" {flat}.png (more than {MAX_NAME_BYTES} bytes). Rename it."
+          f"{where} is too long for the name of a prediction, {flat}.png (more"
+          f" than {MAX_NAME_BYTES} bytes). Rename it."
         )
-      if taken.setdefault(flat, pair.id) != pair.id:
+      if taken.setdefault(flat, id_) != id_:
         problems.append(
-          f"{directory}: predictions for {taken[flat]} and {pair.id} would both"
-          f" be called {flat}.png. Rename one."
+          f"{where} and {taken[flat]} would both have predictions called"
+          f" {flat}.png. Rename one."
         )
-  return problems
-
-
-def _shared_ids(
-  directory: pathlib.Path, splits: dict[str, tuple[Pair, ...]]
-) -> list[str]:
-  problems = []
-  seen: dict[str, str] = {}
-  for split, found in splits.items():
-    shared = [pair.id for pair in found if pair.id in seen]
-    if shared:
-      problems.append(
-        f"{directory}: {pairs.listing(shared)} in both {seen[shared[0]]}/ and"
-        f" {split}/. Remove one, or rename it if it is another lesion."
-      )
-    seen.update((pair.id, split) for pair in found)
   return problems

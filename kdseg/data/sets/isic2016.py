@@ -9,7 +9,6 @@ training and validation unless `duplicates="include"`.
 """
 
 from collections.abc import Mapping
-import json
 import os
 import pathlib
 import re
@@ -22,8 +21,6 @@ from kdseg.data import pairs
 from kdseg.data.archives import DataError
 from kdseg.data.archives import File
 from kdseg.data.pairs import Inventory
-from kdseg.data.pairs import Pair
-from kdseg.runtime import files as files_lib
 
 URL = "https://isic-challenge-data.s3.amazonaws.com/2016/"
 ARCHIVES = {
@@ -99,15 +96,6 @@ class Isic2016(builder.PairBuilder):
     " validation, by a hash of its id."
   )
   homepage = "https://challenge.isic-archive.com/data/#2016"
-  citation = """@article{gutman2016skin,
-  title={Skin Lesion Analysis toward Melanoma Detection: A Challenge at the
-    International Symposium on Biomedical Imaging (ISBI) 2016, hosted by the
-    International Skin Imaging Collaboration (ISIC)},
-  author={Gutman, David and Codella, Noel C. F. and Celebi, Emre and Helba,
-    Brian and Marchetti, Michael and Mishra, Nabin and Halpern, Allan},
-  journal={arXiv preprint arXiv:1605.01397},
-  year={2016}
-}"""
 
   def __init__(self, *, duplicates: str = "exclude", **kwargs: Any):
     """Makes the builder.
@@ -141,14 +129,16 @@ class Isic2016(builder.PairBuilder):
     download: builder.Download | None = None,
   ) -> Inventory:
     """See base class."""
-    if manual_dir is not None and (
-      download is None or find_sources(manual_dir)
-    ):
-      sources = require_sources(manual_dir)
-    elif download is None:
-      raise DataError(f"{self.name}: {self.MANUAL_DOWNLOAD_INSTRUCTIONS}")
-    else:
+    sources = {} if manual_dir is None else find_sources(manual_dir)
+    missing = [stem for part, stem in ARCHIVES.items() if part not in sources]
+    if download is not None and not sources:
       sources = _download(download)
+    elif missing:
+      raise DataError(
+        f"{self.require(manual_dir)} has no {' and no '.join(missing)} (.zip,"
+        " or unpacked). Download"
+        f" {' '.join(f'{URL}{stem}.zip' for stem in missing)} into it."
+      )
     return take_inventory(sources, duplicates=self._duplicates)
 
 
@@ -176,18 +166,6 @@ def find_sources(manual_dir: pathlib.Path) -> dict[str, pathlib.Path]:
   return sources
 
 
-def require_sources(manual_dir: pathlib.Path) -> dict[str, pathlib.Path]:
-  """As `find_sources`; raises `DataError` unless all four parts are there."""
-  sources = find_sources(manual_dir)
-  missing = [stem for part, stem in ARCHIVES.items() if part not in sources]
-  if missing:
-    raise DataError(
-      f"{manual_dir} has no {' and no '.join(missing)} (.zip, or unpacked)."
-      f" Download {' '.join(f'{URL}{stem}.zip' for stem in missing)} into it."
-    )
-  return sources
-
-
 def take_inventory(
   sources: Mapping[str, pathlib.Path], *, duplicates: str = "exclude"
 ) -> Inventory:
@@ -206,145 +184,92 @@ def take_inventory(
   Raises:
     DataError: if a part cannot be read at all.
   """
-  problems = []
-  by_id = {}
-  listed = []
+  listed: list[File] = []
+  problems: list[str] = []
+  parts = {}
   for part, path in sources.items():
     files = archives.list_files(path)
-    listed.extend(files)
-    by_id[part], part_problems = _by_id(part, path, files)
-    problems.extend(part_problems)
-
-  train, train_problems, train_notes = _match(by_id, "train")
-  test, test_problems, test_notes = _match(by_id, "test")
-  # Another archive first: what its files lack as pairs follows from that.
-  problems += _compare_with_release(sources, by_id)
-  problems += train_problems + test_problems
-
-  excluded = tuple(
-    pair.id
-    for pair in train
-    if duplicates == "exclude" and pair.id in KNOWN_DUPLICATES
+    listed += files
+    parts[part], part_problems = _sort(part, path, files)
+    problems += part_problems
+  problems += _compare_with_release(sources, parts)
+  train, train_unmasked, train_notes = pairs.match(
+    parts["train_image"], parts["train_mask"]
   )
+  test, test_unmasked, test_notes = pairs.match(
+    parts["test_image"], parts["test_mask"]
+  )
+  if all(parts.values()):  # or it is another archive, which was said above
+    problems += train_unmasked + test_unmasked
+
+  known = [pair.id for pair in train if pair.id in KNOWN_DUPLICATES]
+  excluded = tuple(known) if duplicates == "exclude" else ()
   kept = [pair for pair in train if pair.id not in excluded]
-  splits = {**pairs.hold_out(kept), "test": tuple(test)}
   return Inventory(
-    splits={name: found for name, found in splits.items() if found},
-    official=Isic2016.official_counts,
+    splits={**pairs.hold_out(kept), "test": test},
     found={"train": len(train), "validation": len(train), "test": len(test)},
     excluded=excluded,
     problems=tuple(problems),
-    notes=(*train_notes, *test_notes, _duplicates_note(train, excluded)),
+    notes=(*train_notes, *test_notes, _duplicates_note(known, excluded)),
     stamp=archives.stamp(listed),
   )
 
 
-def _by_id(
+def _sort(
   part: str, path: pathlib.Path, files: tuple[File, ...]
 ) -> tuple[dict[str, File], list[str]]:
   """Sorts the files of one part by id, and names those that do not belong."""
   pattern = _MASK if part.endswith("mask") else _IMAGE
-  example = (
-    "ISIC_0000000_Segmentation.png"
-    if part.endswith("mask")
-    else "ISIC_0000000.jpg"
-  )
-  found = {}
-  strangers = []
-  problems = []
-  for file in files:
-    match = pattern.fullmatch(file.name)
-    if match is None:
-      strangers.append(file.path)
-      continue
-    id_ = match[1].upper()
-    if id_ in found:
-      problems.append(
-        f"{path} has {id_} twice ({found[id_].path}, {file.path}); keep one."
-      )
-    found[id_] = file
-  if not found:
-    return found, [
-      f"{path} is not {ARCHIVES[part]}: it has no file named like {example}"
-      f" (but {pairs.listing(strangers) or 'nothing'}). Download"
+  found = pairs.sort_by_id(files, pairs.id_in_name(pattern))
+  strangers = pairs.listing(found.strangers)
+  problems = found.problems
+  if not found.files:
+    ending = "_Segmentation.png" if part.endswith("mask") else ".jpg"
+    problems.append(
+      f"{path} is not {ARCHIVES[part]}: it has no file named like"
+      f" ISIC_0000000{ending} (but {strangers or 'nothing'}). Download"
       f" {URL}{ARCHIVES[part]}.zip again."
-    ]
-  if strangers:
+    )
+  elif strangers:
     problems.append(
-      f"{path} has files that do not belong to {ARCHIVES[part]}:"
-      f" {pairs.listing(strangers)}. Remove them."
+      f"{path} has files that do not belong to {ARCHIVES[part]}: {strangers}."
+      " Remove them."
     )
-  return found, problems
-
-
-def _match(
-  by_id: Mapping[str, Mapping[str, File]], release: str
-) -> tuple[list[Pair], list[str], list[str]]:
-  images, masks = by_id[f"{release}_image"], by_id[f"{release}_mask"]
-  problems = []
-  notes = []
-  if not images or not masks:  # already said: it is another archive
-    return [], problems, notes
-  if unmasked := sorted(images.keys() - masks.keys()):
-    problems.append(
-      f"{pairs.listing(unmasked)}: no mask in"
-      f" {next(iter(masks.values())).source} for {len(unmasked)} of"
-      f" {len(images)} {release} images. Add ID_Segmentation.png, or remove the"
-      " image."
-    )
-  if unpictured := sorted(masks.keys() - images.keys()):
-    # In the training set that is a partial set; in the test set, whose ids
-    # are known, `_compare_with_release` makes it a problem.
-    notes.append(
-      f"{pairs.listing(unpictured)}: no image in"
-      f" {next(iter(images.values())).source} for {len(unpictured)} of"
-      f" {len(masks)} {release} masks."
-    )
-  matched = [
-    Pair(id_, images[id_], masks[id_])
-    for id_ in sorted(images.keys() & masks.keys())
-  ]
-  return matched, problems, notes
+  return found.files, problems
 
 
 def _compare_with_release(
   sources: Mapping[str, pathlib.Path],
-  by_id: Mapping[str, Mapping[str, File]],
+  parts: Mapping[str, Mapping[str, File]],
 ) -> list[str]:
   problems = []
-  test_ids = set(TEST_IDS)
-  for part in ("train_image", "train_mask"):
-    if leaked := sorted(by_id[part].keys() & test_ids):
+  for part, files in parts.items():
+    kind = part.partition("_")[2]
+    leaked = sorted(files.keys() & set(TEST_IDS))
+    if not files:
+      continue
+    if part.startswith("test"):
+      problems += pairs.compare_with_release(
+        kind, files, TEST_IDS, f"the official test set, {ARCHIVES[part]}"
+      )
+    elif leaked:
       problems.append(
-        f"{sources[part]} has {len(leaked)} images of the official test set"
+        f"{sources[part]} has {len(leaked)} {kind}s of the official test set"
         f" ({pairs.listing(leaked)}): it is not {ARCHIVES[part]}."
       )
-    elif len(by_id[part]) > TRAIN_COUNT:
+    elif len(files) > TRAIN_COUNT:
       problems.append(
-        f"{sources[part]} has {len(by_id[part])} ids, the official training"
-        f" set {TRAIN_COUNT}: it is not {ARCHIVES[part]}."
-      )
-  for part in ("test_image", "test_mask"):
-    if foreign := sorted(by_id[part].keys() - test_ids):
-      problems.append(
-        f"{sources[part]} has {len(foreign)} ids that are not in the official"
-        f" test set ({pairs.listing(foreign)}): it is not {ARCHIVES[part]}."
-      )
-    elif by_id[part] and (missing := sorted(test_ids - by_id[part].keys())):
-      problems.append(
-        f"{sources[part]} lacks {len(missing)} of the {TEST_COUNT} official"
-        f" test ids ({pairs.listing(missing)}). The test set has to be whole;"
-        f" download {URL}{ARCHIVES[part]}.zip again."
+        f"{sources[part]} has {len(files)} {kind}s, the official training set"
+        f" {TRAIN_COUNT}: it is not {ARCHIVES[part]}."
       )
   return problems
 
 
-def _duplicates_note(train: list[Pair], excluded: tuple[str, ...]) -> str:
-  there = [pair.id for pair in train if pair.id in KNOWN_DUPLICATES]
+def _duplicates_note(known: list[str], excluded: tuple[str, ...]) -> str:
   if excluded:
     verdict = f"{' and '.join(excluded)} left out of training"
-  elif there:
-    verdict = f"{' and '.join(there)} kept in training as asked"
+  elif known:
+    verdict = f"{' and '.join(known)} kept in training as asked"
   else:
     verdict = "neither is among these images"
   return (
@@ -356,50 +281,12 @@ def _duplicates_note(train: list[Pair], excluded: tuple[str, ...]) -> str:
 def _download(download: builder.Download) -> dict[str, pathlib.Path]:
   urls = {part: f"{URL}{stem}.zip" for part, stem in ARCHIVES.items()}
   try:
-    downloaded = download(urls)
+    paths = download(urls)
   except Exception as error:
-    # Whatever kind of error the network and tfds come up with.
+    # The network and tfds raise many kinds of error.
     raise DataError(
       f"the archives cannot be downloaded ({error}). Download"
       f" {' '.join(urls.values())} by other means, and pass their folder as"
       " manual_dir."
     ) from error
-  paths = {
-    part: pathlib.Path(os.fspath(path)) for part, path in downloaded.items()
-  }
-  _record_checksums(paths)
-  return paths
-
-
-def _record_checksums(paths: Mapping[str, pathlib.Path]) -> None:
-  """Records what was downloaded first, and holds later downloads to it.
-
-  No checksums are published for these archives, so the first download is
-  taken at its word and written beside the downloads.
-
-  Raises:
-    DataError: if an archive is not the one downloaded before, or the record is
-      damaged.
-  """
-  record = next(iter(paths.values())).parent / "isic2016_checksums.json"
-  try:
-    known = json.loads(record.read_text()) if record.exists() else {}
-  except ValueError as error:
-    raise DataError(
-      f"{record} is damaged ({error}), so that the archives cannot be held to"
-      " it. Delete it to take them as they are now."
-    ) from None
-  found = {
-    ARCHIVES[part]: archives.sha256(path) for part, path in paths.items()
-  }
-  for part, path in paths.items():
-    stem = ARCHIVES[part]
-    if stem in known and known[stem] != found[stem]:
-      raise DataError(
-        f"{path} has SHA-256 {found[stem]}, but {URL}{stem}.zip was"
-        f" {known[stem]} when it was first downloaded ({record}). If the"
-        " official archive was replaced, delete that record."
-      )
-  files_lib.write_text(
-    record, json.dumps({**known, **found}, indent=2, sort_keys=True)
-  )
+  return {part: pathlib.Path(os.fspath(path)) for part, path in paths.items()}

@@ -5,6 +5,7 @@ benchmarking", EMBC 2013. Free for research; it has to be downloaded by hand
 and may not be passed on.
 """
 
+import dataclasses
 import pathlib
 import re
 import types
@@ -71,15 +72,6 @@ class Ph2(builder.PairBuilder):
     " with lesion masks."
   )
   homepage = HOMEPAGE
-  citation = """@inproceedings{mendonca2013ph2,
-  title={PH2 - A dermoscopic image database for research and benchmarking},
-  author={Mendon{\\c{c}}a, Teresa and Ferreira, Pedro M. and Marques, Jorge S.
-    and Marcal, Andr{\\'e} R. S. and Rozeira, Jorge},
-  booktitle={International Conference of the IEEE Engineering in Medicine and
-    Biology Society (EMBC)},
-  pages={5437--5440},
-  year={2013}
-}"""
 
   def extra_features(self) -> dict[str, Any]:
     """See base class."""
@@ -113,9 +105,7 @@ class Ph2(builder.PairBuilder):
   ) -> Inventory:
     """See base class."""
     del download  # the licence wants a visit to the page
-    if manual_dir is None:
-      raise DataError(f"{self.name}: {self.MANUAL_DOWNLOAD_INSTRUCTIONS}")
-    for source in self.find_sources(manual_dir):
+    for source in self.find_sources(self.require(manual_dir)):
       return take_inventory(source)
     raise DataError(
       f"{manual_dir} has no PH2Dataset (folder or .zip). "
@@ -136,31 +126,16 @@ def take_inventory(source: pathlib.Path) -> Inventory:
     DataError: if the source cannot be read at all.
   """
   files = archives.list_files(source)
-  images: dict[str, File] = {}
-  masks: dict[str, File] = {}
-  table = None
-  strangers = []
-  problems = []
-  for file in files:
-    # Regions of interest are named like other files; only their folder tells.
-    if _KNOWN_EXTRAS.fullmatch(file.path):
-      table = file if file.name.lower() == TABLE.lower() else table
-      continue
-    for pattern, found in ((_IMAGE, images), (_MASK, masks)):
-      if match := pattern.fullmatch(file.name):
-        id_ = match[1].upper()
-        if id_ in found:
-          problems.append(
-            f"{source} has {id_} twice ({found[id_].path}, {file.path}); keep"
-            " one."
-          )
-        found[id_] = file
-        break
-    else:
-      strangers.append(file.path)
+  # Regions of interest are named like other files; only their folder tells.
+  extras = [file for file in files if _KNOWN_EXTRAS.fullmatch(file.path)]
+  rest = [file for file in files if file not in extras]
+  images = pairs.sort_by_id(rest, pairs.id_in_name(_IMAGE))
+  masks = pairs.sort_by_id(rest, pairs.id_in_name(_MASK))
+  strangers = sorted({*images.strangers} & {*masks.strangers})
 
-  if not images or not masks:
-    kind = "image IMD000.bmp" if not images else "mask IMD000_lesion.bmp"
+  problems = images.problems + masks.problems
+  if not images.files or not masks.files:
+    kind = "mask IMD000_lesion.bmp" if images.files else "image IMD000.bmp"
     problems.insert(
       0,
       f"{source} is not PH2: it has no file named like the {kind} (but"
@@ -168,45 +143,30 @@ def take_inventory(source: pathlib.Path) -> Inventory:
       + Ph2.MANUAL_DOWNLOAD_INSTRUCTIONS,
     )
   else:
-    problems += _compare_with_release(source, images, masks)
+    for kind, found in (("image", images), ("mask", masks)):
+      problems += pairs.compare_with_release(kind, found.files, IDS, "PH2")
     if strangers:
       problems.append(
         f"{source} has files that do not belong to PH2:"
         f" {pairs.listing(strangers)}. Remove them."
       )
 
-  diagnoses = _read_table(table) if table else {}
-  found = tuple(
-    Pair(id_, images[id_], masks[id_], diagnoses.get(id_, ""))
-    for id_ in sorted(images.keys() & masks.keys())
+  diagnoses: dict[str, str] = {}
+  for file in extras:
+    if file.name.lower() == TABLE.lower():
+      diagnoses = _read_table(file)
+  matched, _, _ = pairs.match(images.files, masks.files)
+  matched = tuple(
+    dataclasses.replace(pair, diagnosis=diagnoses.get(pair.id, ""))
+    for pair in matched
   )
-  known = sum(bool(pair.diagnosis) for pair in found)
+  known = sum(bool(pair.diagnosis) for pair in matched)
   return Inventory(
-    splits={"test": found} if found else {},
-    official=Ph2.official_counts,
-    found={"test": len(found)},
+    splits={"test": matched},
     problems=tuple(problems),
-    notes=(f"{known} of {len(found)} images have a diagnosis.",),
+    notes=(f"{known} of {len(matched)} images have a diagnosis.",),
     stamp=archives.stamp(files),
   )
-
-
-def _compare_with_release(
-  source: pathlib.Path, images: dict[str, File], masks: dict[str, File]
-) -> list[str]:
-  problems = []
-  for kind, found in (("image", images), ("mask", masks)):
-    if foreign := sorted(found.keys() - set(IDS)):
-      problems.append(
-        f"{source} has {pairs.listing(foreign)}, no {kind} of PH2. Remove it."
-      )
-    if missing := sorted(set(IDS) - found.keys()):
-      problems.append(
-        f"{source} lacks the {kind} of {pairs.listing(missing)}"
-        f" ({len(missing)} of {COUNT}). The set has to be whole; unpack"
-        " PH2Dataset.rar again."
-      )
-  return problems
 
 
 def _read_table(table: File) -> dict[str, str]:

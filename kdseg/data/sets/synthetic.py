@@ -16,7 +16,7 @@ import numpy as np
 
 from kdseg.data import archives
 from kdseg.data import builder
-from kdseg.data import pairs
+from kdseg.data import decode
 from kdseg.data.pairs import Inventory
 from kdseg.data.pairs import Pair
 
@@ -108,8 +108,6 @@ class Synthetic(builder.PairBuilder):
         split: tuple(_pair(split, index, drawing) for index in range(count))
         for split, count in self._counts.items()
       },
-      official=dict(self._counts),
-      found=dict(self._counts),
       stamp=f"drawn-{self.VERSION}",
     )
 
@@ -146,7 +144,7 @@ def draw(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
   picture = _pigment(rng, picture, skin, outside, radius, size)
 
   if rng.random() < 0.55:
-    picture = _add_hair(rng, picture, rng.integers(2, 22))
+    picture = _add_hair(rng, picture, int(rng.integers(2, 22)))
   if rng.random() < 0.3:
     picture = _add_bubbles(rng, picture, x, y)
   if rng.random() < 0.4:
@@ -215,10 +213,8 @@ def _pigment(
   size: int,
 ) -> np.ndarray:
   # From a sharp rim to one that fades over a third of the radius.
-  softness = radius * float(np.exp(rng.uniform(np.log(0.02), np.log(0.16))))
-  softness = np.maximum(
-    softness * np.exp(0.5 * _clouds(rng, size, 3)), 0.4 / size
-  )
+  rim = radius * float(np.exp(rng.uniform(np.log(0.02), np.log(0.16))))
+  softness = np.maximum(rim * np.exp(0.5 * _clouds(rng, size, 3)), 0.4 / size)
   cover = 1 / (1 + np.exp(np.clip(outside / softness, -30, 30)))
   first, second = _PIGMENTS[rng.integers(0, len(_PIGMENTS), 2)]
   blend = 1 / (1 + np.exp(-3 * _clouds(rng, size, 4)))[..., None]
@@ -228,8 +224,8 @@ def _pigment(
   # One lesion in five is hardly darker than the skin around it.
   faint = rng.random() < 0.2
   strength = rng.uniform(0.25, 0.45) if faint else rng.uniform(0.5, 0.95)
-  strength = strength * np.clip(1 + 0.3 * _clouds(rng, size, 3), 0.35, 1.4)
-  alpha = np.clip(cover * strength, 0, 1)[..., None]
+  share = strength * np.clip(1 + 0.3 * _clouds(rng, size, 3), 0.35, 1.4)
+  alpha = np.clip(cover * share, 0, 1)[..., None]
   return picture * (1 - alpha) + color * alpha
 
 
@@ -334,11 +330,11 @@ def _pair(
   """The files of one drawing, drawn when read."""
 
   def read_image() -> bytes:
-    return pairs.encode_png(drawing(split, index)[0])
+    return decode.encode_png(drawing(split, index)[0])
 
   def read_mask() -> bytes:
     mask = drawing(split, index)[1]
-    return pairs.encode_png(mask.astype(np.uint8) * 255)
+    return decode.encode_png(mask.astype(np.uint8) * 255)
 
   id_ = f"{split}_{index:05d}"
   return Pair(

@@ -1,0 +1,222 @@
+"""Decodes images and masks, and refuses what would spoil a number."""
+
+import io
+import threading
+import warnings
+
+import numpy as np
+from PIL import Image
+from PIL import UnidentifiedImageError
+
+from kdseg.data import archives
+from kdseg.data.archives import DataError
+from kdseg.data.pairs import Pair
+
+# Twice the largest side of any dermatoscope's camera, squared.
+MAX_PIXELS = 100_000_000
+
+GREY_MASKS = ("error", "threshold")
+
+# The filters of warnings belong to all threads.
+_FILTERS = threading.Lock()
+_ORIENTATION = 0x0112  # of EXIF; 1, and the 0 of careless writers, is upright
+_FORMATS = ("JPEG", "PNG", "BMP", "TIFF")
+_MASK_MODES = frozenset({"1", "L", "P", "RGB", "RGBA", "LA"})
+IMAGE_MODES = frozenset({"RGB", "L", "P", "RGBA", "LA", "CMYK", "YCbCr"})
+
+
+def decode_image(content: bytes, where: str) -> np.ndarray:
+  """Decodes an image to uint8 RGB [h, w, 3].
+
+  Grey, palette and CMYK pictures become RGB, transparency is dropped, and an
+  EXIF orientation is ignored, as masks are drawn on the pixels as stored.
+
+  Raises:
+    DataError: if the image is damaged, too large or of an unknown kind.
+  """
+  image = open_image(content, where)
+  if image.mode not in IMAGE_MODES:
+    raise DataError(
+      f"{where} has pixels of kind {image.mode!r}; convert it to 8-bit RGB."
+    )
+  return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def decode_mask(
+  content: bytes, where: str, *, grey_masks: str = "error"
+) -> np.ndarray:
+  """Decodes a mask to bool [h, w]; lesion where the value is above 128.
+
+  A clean mask has one or two values: 0 and 255 (or 0 and 1, then 1 is lesion).
+  Others come from resizing with interpolation or from lossy compression, which
+  has moved the border; they are refused unless `grey_masks="threshold"`.
+
+  Args:
+    content: the encoded mask; 1-bit, 8-bit, palette or 24-bit without colour.
+    where: names the file in errors.
+    grey_masks: `"error"` or `"threshold"` (the official rule, > 128, applied
+      to whatever is there).
+
+  Raises:
+    DataError: if the mask is damaged, too large, coloured, or grey.
+  """
+  if grey_masks not in GREY_MASKS:
+    raise ValueError(f"grey_masks is {grey_masks!r}, not one of {GREY_MASKS}.")
+  values = mask_values(content, where)
+  if values.max(initial=0) == 1:
+    return values == 1
+  if grey_masks == "error":
+    between = (values != 0) & (values != 255)
+    count = int(np.count_nonzero(between))
+    if count:
+      raise DataError(
+        f"{where} is a mask with grey values: {count} of {values.size} pixels"
+        f" are neither 0 nor 255 (the first is {int(values[between][0])})."
+        ' Use the original mask, or pass grey_masks="threshold" to count'
+        " everything above 128 as lesion."
+      )
+  return values > 128
+
+
+def mask_values(content: bytes, where: str) -> np.ndarray:
+  """The grey values of a mask, uint8 [h, w], before any threshold.
+
+  Raises:
+    DataError: if the mask is damaged, too large, or coloured.
+  """
+  image = open_image(content, where)
+  if image.mode not in _MASK_MODES:
+    raise DataError(
+      f"{where} has pixels of kind {image.mode!r}; a mask has 1, 8 or 24 bits."
+    )
+  if image.mode in ("1", "L"):
+    return np.array(image.convert("L"))
+  if image.has_transparency_data:
+    alpha = np.array(image.convert("RGBA"))[..., 3]
+    if (alpha != 255).any():
+      raise DataError(
+        f"{where} is partly transparent; a mask is black and white. Flatten it "
+        "onto black, with the lesion white."
+      )
+  channels = np.array(image.convert("RGB"))
+  if (channels != channels[..., :1]).any():
+    raise DataError(
+      f"{where} has colours; a mask is black and white. Is it the image?"
+    )
+  return channels[..., 0]
+
+
+def decode_pair(
+  pair: Pair, *, grey_masks: str = "error"
+) -> tuple[np.ndarray, np.ndarray]:
+  """Decodes image and mask: uint8 [h, w, 3] and bool [h, w].
+
+  Raises:
+    DataError: as `decode_image` and `decode_mask`, or if the sizes differ.
+  """
+  image = decode_pairs_image(pair)
+  mask = decode_mask(pair.mask.read(), pair.mask.where, grey_masks=grey_masks)
+  check_sizes(pair, image, mask)
+  return image, mask
+
+
+def decode_pairs_image(pair: Pair) -> np.ndarray:
+  """Decodes the image of a pair: uint8 [h, w, 3].
+
+  Raises:
+    DataError: as `decode_image`, or if it is turned and must not be.
+  """
+  content = pair.image.read()
+  image = decode_image(content, pair.image.where)
+  if pair.upright:
+    try:
+      with _open_header(content) as header:
+        turn = header.getexif().get(_ORIENTATION, 1)
+    except Exception as error:
+      # Pillow's readers of EXIF raise SyntaxError, struct.error and others.
+      raise DataError(
+        f"{pair.image.where} has damaged EXIF data ({archives.shown(error)}); "
+        "save it again without them."
+      ) from error
+    if turn not in (0, 1):
+      raise DataError(
+        f"{pair.image.where} is stored turned (EXIF orientation {turn}), and "
+        "its mask may be drawn on the pixels as stored or as shown. Turn the "
+        "pixels until they lie like the mask, and remove the tag."
+      )
+  return image
+
+
+def check_sizes(pair: Pair, image: np.ndarray, mask: np.ndarray) -> None:
+  """Raises `DataError` if a mask has another size than its image."""
+  if image.shape[:2] == mask.shape[:2]:
+    return
+  (height, width), (mask_height, mask_width) = image.shape[:2], mask.shape[:2]
+  raise DataError(
+    f"{pair.id}: the mask is {mask_width}x{mask_height} but the image is"
+    f" {width}x{height} ({pair.mask.where}, {pair.image.where}). They must"
+    " come from the same release and be resized, if at all, together."
+  )
+
+
+def encode_png(array: np.ndarray) -> bytes:
+  """Encodes uint8 [h, w] or [h, w, 3], without loss."""
+  buffer = io.BytesIO()
+  # Photographs hardly shrink further at the higher levels, which take 5x.
+  Image.fromarray(array).save(buffer, format="PNG", compress_level=1)
+  return buffer.getvalue()
+
+
+def keep_or_encode(content: bytes, image: np.ndarray) -> bytes:
+  """The encoded image as it came, if any reader decodes it to RGB; else PNG."""
+  with _open_header(content) as header:
+    keep = header.format in ("JPEG", "PNG") and header.mode == "RGB"
+  return content if keep else encode_png(image)
+
+
+def _open_header(content: bytes) -> Image.Image:
+  # Pillow warns of what is smaller than our own limit.
+  with _FILTERS, warnings.catch_warnings():
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    return Image.open(io.BytesIO(content), formats=_FORMATS)
+
+
+def open_image(content: bytes, where: str) -> Image.Image:
+  """Opens and decodes wholly, so that a cut-off file shows here.
+
+  Args:
+    content: of the file.
+    where: what to call it in an error.
+
+  Returns:
+    The image as Pillow has it, in whatever mode; EXIF is not applied.
+
+  Raises:
+    DataError: if it is empty, damaged, too large or of an unknown kind.
+  """
+  too_large = (
+    f" more than the limit of {MAX_PIXELS}; refusing to decode it. Replace it"
+    " by the original file, or by a smaller copy."
+  )
+  try:
+    image = _open_header(content)
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+      raise DataError(f"{where} claims {width}x{height} pixels,{too_large}")
+    image.load()
+  except DataError:
+    raise
+  except Image.DecompressionBombError:
+    # Pillow's own limit is higher, but comes before width and height.
+    raise DataError(f"{where} claims more pixels,{too_large}") from None
+  except Exception as error:
+    # Pillow's decoders raise OSError, SyntaxError, struct.error and others.
+    # Its text for an unknown format names an object in memory.
+    unknown = isinstance(error, UnidentifiedImageError)
+    reason = "of no known format" if unknown else archives.shown(error)
+    raise DataError(
+      f"{where} cannot be decoded ({reason}): it is empty, cut off, no image,"
+      " or none of JPEG, PNG, BMP and TIFF. Replace it by the original file, or"
+      " convert it."
+    ) from None
+  return image
