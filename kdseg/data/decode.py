@@ -194,21 +194,21 @@ def open_image(content: bytes, where: str) -> Image.Image:
   Raises:
     DataError: if it is empty, damaged, too large or of an unknown kind.
   """
-  too_large = (
-    f" more than the limit of {MAX_PIXELS}; refusing to decode it. Replace it"
+  too_many = (
+    f"more pixels than the limit of {MAX_PIXELS}; refusing to decode it. Replace it"
     " by the original file, or by a smaller copy."
   )
   try:
     image = _open_header(content)
     width, height = image.size
     if width * height > MAX_PIXELS:
-      raise DataError(f"{where} claims {width}x{height} pixels,{too_large}")
+      raise DataError(f"{where} claims {width}x{height} pixels, {too_many}")
     image.load()
   except DataError:
     raise
   except Image.DecompressionBombError:
     # Pillow's own limit is higher, but comes before width and height.
-    raise DataError(f"{where} claims more pixels,{too_large}") from None
+    raise DataError(f"{where} claims {too_many}") from None
   except Exception as error:
     # Pillow's decoders raise OSError, SyntaxError, struct.error and others.
     # Its text for an unknown format names an object in memory.

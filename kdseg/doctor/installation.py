@@ -166,7 +166,9 @@ def check_archives(folder: pathlib.Path) -> Iterator[Finding]:
       for split, count in found.items()
     )
     # A part of the training pairs is enough to train, not to compare scores.
-    whole = all(builder.official_counts[split] == n for split, n in found.items())
+    whole = all(
+      builder.official_counts[split] == n for split, n in found.items()
+    )
     yield (ok if whole else warning)(
       f"{name}: pairs: {text}", f"{verify} decodes every image"
     )
