@@ -65,7 +65,6 @@ LARGER = {
   "losses.features: lines": "",
   "networks.encoders.efficientnet_lite.EfficientNetLite.__call__: lines": "",
   "networks.encoders.vit_weights.load_vit_small: lines": "",
-  "networks.layers: lines": "",
   "predict.main: lines": "",
   "runtime.devices.parallel: lines": "",
   "runtime.preemption.on_signals: lines": "",

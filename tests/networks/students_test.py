@@ -194,7 +194,7 @@ class StudentsTest(chex.TestCase):
   @parameterized.named_parameters(*MAKERS)
   def test_refuses_sides_it_cannot_halve(self, make):
     image = jnp.zeros((1, 64, 80, 3))
-    with pytest.raises(ValueError, match=r"divisible by|must be even"):
+    with pytest.raises(ValueError, match="divisible by"):
       jax.eval_shape(make().init, jax.random.key(0), image)
 
 

@@ -181,8 +181,7 @@ class ENet(nn.Module):
     Raises:
       ValueError: if a side is not divisible by 32.
     """
-    if image.shape[1] % 32 or image.shape[2] % 32:
-      raise ValueError(f"sides must be divisible by 32: {image.shape}")
+    layers.require_divisible(image, 32)
     norm = layers.batch_norm(train, dtype=self.dtype, axis_name=self.axis_name)
     x = layers.normalize(image).astype(self.dtype)
     features = ENetEncoder(

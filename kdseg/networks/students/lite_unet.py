@@ -52,8 +52,7 @@ class LiteUNet(nn.Module):
     """
     if not 3 <= self.stages <= 5:
       raise ValueError(f"stages must be 3, 4 or 5: {self.stages}")
-    if image.shape[1] % 32 or image.shape[2] % 32:
-      raise ValueError(f"sides must be divisible by 32: {image.shape}")
+    layers.require_divisible(image, 32)
     norm = layers.batch_norm(train, dtype=self.dtype, axis_name=self.axis_name)
     encoder_features = efficientnet_lite.EfficientNetLite(
       "lite0",

@@ -115,8 +115,7 @@ class DeepLabV3Plus(nn.Module):
     Raises:
       ValueError: on another output stride, or a side not divisible by 32.
     """
-    if image.shape[1] % 32 or image.shape[2] % 32:
-      raise ValueError(f"sides must be divisible by 32: {image.shape}")
+    layers.require_divisible(image, 32)
     norm = layers.batch_norm(train, dtype=self.dtype, axis_name=self.axis_name)
     encoder_features = efficientnet_lite.EfficientNetLite(
       self.encoder_variant,

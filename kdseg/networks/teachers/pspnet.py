@@ -100,8 +100,7 @@ class PSPNet(nn.Module):
     Raises:
       ValueError: if a side is not divisible by 32.
     """
-    if image.shape[1] % 32 or image.shape[2] % 32:
-      raise ValueError(f"sides must be divisible by 32: {image.shape}")
+    layers.require_divisible(image, 32)
     norm = layers.batch_norm(train, dtype=self.dtype, axis_name=self.axis_name)
     encoder_features = efficientnet_lite.EfficientNetLite(
       self.encoder_variant,

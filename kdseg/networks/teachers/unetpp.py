@@ -83,8 +83,7 @@ class UNetPlusPlus(nn.Module):
     """
     if len(self.widths) != 4:
       raise ValueError(f"widths must be four, strides 2 to 16: {self.widths}")
-    if image.shape[1] % 32 or image.shape[2] % 32:
-      raise ValueError(f"sides must be divisible by 32: {image.shape}")
+    layers.require_divisible(image, 32)
     norm = layers.batch_norm(train, dtype=self.dtype, axis_name=self.axis_name)
     encoder_features = efficientnet_lite.EfficientNetLite(
       self.encoder_variant,
