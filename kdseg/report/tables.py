@@ -222,7 +222,7 @@ def _other_differences(
     ),
     notes=(
       f"With {share} bootstrap intervals; not tested, to be read as "
-      f"description. Lower {' and '.join(lower)} are better.",
+      f"description. Lower {', '.join(lower[:-1])} and {lower[-1]} are better.",
     ),
   )
 

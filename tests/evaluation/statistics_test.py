@@ -300,6 +300,36 @@ class TestWilcoxon:
     assert mirrored.leaning == -1
     assert mirrored.p_value == pytest.approx(got.p_value)
 
+  @pytest.mark.parametrize("sign", [1, -1])
+  def test_leaning_is_that_of_the_ranks_not_of_the_count(self, sign):
+    # Three images gain, with ranks 1, 2 and 3; two lose, with ranks 4 and 5.
+    gains = sign * np.array([[1.0, 2, 3, -4, -5]])
+    assert statistics.wilcoxon(np.zeros((1, 5)), gains).leaning == -sign
+
+  @pytest.mark.parametrize("images", [26, 40, 50])
+  def test_is_exact_up_to_50_images_without_ties(self, images):
+    rng = np.random.default_rng(images)
+    gains = rng.normal(0.3, size=images)
+    ranks = scipy.stats.rankdata(np.abs(gains)).astype(int)
+    smaller = min(ranks[gains > 0].sum(), ranks[gains < 0].sum())
+    # How many of the 2^n signs give each sum of ranks.
+    ways = np.zeros(ranks.sum() + 1)
+    ways[0] = 1
+    for rank in ranks:
+      ways[rank:] += ways[:-rank].copy()
+    want = 2 * ways[: smaller + 1].sum() / 2.0**images
+    got = statistics.wilcoxon(np.zeros((1, images)), gains[None])
+    assert got.statistic == smaller
+    assert got.p_value == pytest.approx(want, rel=1e-9)
+
+  def test_is_the_normal_approximation_beyond_50_images(self):
+    gains = np.random.default_rng(51).normal(0.3, size=51)
+    ranks = scipy.stats.rankdata(np.abs(gains))
+    smaller = min(ranks[gains > 0].sum(), ranks[gains < 0].sum())
+    z = (smaller - 51 * 52 / 4) / math.sqrt(51 * 52 * 103 / 24)
+    got = statistics.wilcoxon(np.zeros((1, 51)), gains[None])
+    assert got.p_value == pytest.approx(2 * scipy.stats.norm.cdf(z))
+
   @pytest.mark.parametrize("images", [40, 200])
   def test_errs_as_often_as_it_says(self, images):
     rng = np.random.default_rng(11)

@@ -134,6 +134,46 @@ class TestWriteAndRead:
     assert path.read_bytes() == before
 
 
+def drop_column(path, name):
+  with path.open(newline="") as file:
+    lines = list(csv.reader(file))
+  place = lines[0].index(name)
+  path.write_text(
+    "".join(",".join(line[:place] + line[place + 1 :]) + "\n" for line in lines)
+  )
+
+
+class TestOlderFile:
+  def test_a_file_from_before_a_metric_is_read_without_it(self, path):
+    rows = make_rows()
+    scores.write(path, rows)
+    drop_column(path, "nsd")
+    for row in rows:
+      del row["nsd"]
+    assert scores.read(path) == rows
+
+  def test_its_rows_are_written_with_empty_cells(self, path):
+    rows = make_rows() + make_rows(seed=1)
+    del rows[0]["boundary_iou"]
+    scores.write(path, rows)
+    assert path.read_text().splitlines()[0] == ",".join(scores.COLUMNS)
+    assert scores.read(path) == rows
+
+  @pytest.mark.parametrize("name", ["dice", "true_positive", "height", "id"])
+  def test_what_the_tables_need_has_to_be_there(self, path, name):
+    scores.write(path, make_rows())
+    drop_column(path, name)
+    with pytest.raises(ValueError, match=f"missing: {name}; unknown: none"):
+      scores.read(path)
+
+  def test_columns_in_another_order_are_refused(self, path):
+    scores.write(path, make_rows())
+    text = path.read_text()
+    path.write_text(text.replace("dice,jaccard", "jaccard,dice"))
+    with pytest.raises(ValueError, match="the order has to be"):
+      scores.read(path)
+
+
 class TestBadRows:
   @pytest.mark.parametrize("value", [np.nan, np.inf, None, "0.5"])
   def test_what_is_no_number_is_refused_with_its_image(self, path, value):

@@ -237,16 +237,32 @@ class TestVerdicts:
     assert got.holm < 1e-6
     assert got.verdict == "not significant"
 
-  def test_a_mean_against_most_images_is_called_mixed(self):
-    # Most lesions gain a little, seven are lost.
-    dices = np.full((3, 60), 0.9) + 0.01 * np.random.default_rng(1).random(60)
-    changed = dices + 0.02
-    changed[:, :7] = 0.1
+  @pytest.mark.parametrize("sign", [1, -1])
+  def test_a_mean_against_the_ranks_is_called_mixed(self, sign):
+    # Most lesions gain a little, seven are lost; and the other way round.
+    noise = 0.01 * np.random.default_rng(1).random(60)
+    dices = np.full((3, 60), 0.5 + sign * 0.4) + noise
+    changed = dices + sign * 0.02
+    changed[:, :7] = 0.5 - sign * 0.4
     rows = []
     for seed in range(3):
       rows += make_rows(NONE, dices[seed], seed=seed)
       rows += make_rows(M2BF, changed[seed], seed=seed)
-    assert self.verdict(rows).startswith("mixed")
+    assert self.verdict(rows) == (
+      "mixed: the mean and most images go opposite ways"
+    )
+
+  @pytest.mark.parametrize(("sign", "word"), [(1, "better"), (-1, "worse")])
+  def test_a_mean_with_the_ranks_is_not_mixed_whatever_the_count(
+    self, sign, word
+  ):
+    # 27 images gain much, 33 lose less: mean and ranks go with the fewer.
+    rng = np.random.default_rng(1)
+    gains = sign * np.where(np.arange(60) < 27, 0.2, -0.02)
+    gains += 0.001 * rng.random(60)
+    rows = make_rows(NONE, np.full(60, 0.5))
+    rows += make_rows(M2BF, 0.5 + gains)
+    assert self.verdict(rows).startswith(f"{word} in this run")
 
   def test_holm_covers_all_comparisons_when_no_family_is_named(self):
     rows = make_arm(NONE, 0.88) + make_arm(M2BF, 0.881)

@@ -159,6 +159,45 @@ class TestMarkdown:
     assert f"| {NONE} |" in tables.make_tables(rows, META)["table.md"]
 
 
+class TestMissingMetric:
+  """Rows of a scores.csv that is older than NSD and accuracy."""
+
+  @pytest.fixture
+  def texts(self, rows):
+    for row in rows:
+      if row["arm"] == M2BF and row["seed"] == 1:
+        del row["nsd"], row["accuracy"]
+    return tables.make_tables(rows, META)
+
+  def test_shows_as_missing_and_never_as_a_mean_of_the_others(self, texts):
+    found = markdown_tables(texts["table.md"])
+    main, difference, others = found[0], found[2], found[3]
+    nsd = [dict(zip(main[0], row))["NSD at 2 px"] for row in main[2:]]
+    assert nsd[2] == "-"
+    assert "-" not in nsd[:2]
+    assert dict(zip(difference[0], difference[2]))["NSD at 2 px"] == "-"
+    assert dict(zip(others[0], others[4]))["accuracy"] == "-"
+
+  def test_is_blank_in_csv(self, texts):
+    *_, none, m2bf = csv.DictReader(io.StringIO(texts["table.csv"]))
+    for name in ("nsd", "nsd_seed_sd", "nsd_difference", "nsd_low", "accuracy"):
+      assert m2bf[name] == ""
+    assert none["nsd"] != ""
+
+  def test_leaves_the_other_metrics_as_they_were(self, texts):
+    rows = [
+      *make_rows(TEACHER, 0.9, seeds=1),
+      *make_rows(NONE, 0.85),
+      *make_rows(M2BF, 0.87),
+    ]
+    whole = tables.make_tables(rows, META)["table.csv"]
+    for row, want in zip(
+      *(csv.DictReader(io.StringIO(t)) for t in (texts["table.csv"], whole))
+    ):
+      kept = {k: v for k, v in row.items() if k in want and row[k] != ""}
+      assert {k: want[k] for k in kept} == kept
+
+
 class TestNames:
   @pytest.fixture(params=NASTY)
   def nasty(self, request):
