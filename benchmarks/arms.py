@@ -13,13 +13,6 @@ counts, so that other work on the machine disturbs little. Weights are drawn:
 they do not change the time.
 """
 
-from kdseg.runtime import devices
-from kdseg.runtime import pages
-
-if __name__ == "__main__":
-  # Before what takes seconds to import, as kdseg.main does.
-  pages.ask()
-
 import argparse
 from collections.abc import Callable
 import pathlib
@@ -28,15 +21,16 @@ import time
 import jax
 import numpy as np
 
-from kdseg.training import batches as batches_lib
-from kdseg.runtime import memory
 from kdseg import networks
+from kdseg.data import pipeline
 from kdseg.distill import objective
+from kdseg.runtime import devices
+from kdseg.runtime import memory
 from kdseg.training import arms as arms_lib
+from kdseg.training import batches as batches_lib
 from kdseg.training import loop
 from kdseg.training import prepare as prepare_lib
 from kdseg.training import settings
-from kdseg.data import pipeline
 
 TAPS = ("decoder_high",)
 

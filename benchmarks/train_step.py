@@ -1,6 +1,7 @@
 """Times kdseg's networks against the same networks in PyTorch.
 
   pip install 'kdseg[bench]'
+  export GLIBC_TUNABLES=glibc.malloc.hugetlb=1
   python benchmarks/train_step.py [--networks enet vit_unet] [--batch 8]
       [--size 256] [--repeats 6] [--no-compile] [--threads 2] [--device gpu]
       [--out FILE.csv]
@@ -16,10 +17,10 @@ and with `torch.compile` (inductor, default mode) around network and loss.
 PyTorch is given its better form: contiguous and channels_last memory are both
 tried eagerly and the faster one is kept for both ways; AdamW is the fused one,
 clipping and averaging work on all tensors at once, gradients are freed and not
-zeroed, evaluation is in inference mode. Freed memory is kept and huge pages are
-asked for, as `kdseg.main` does, for both. Before anything is timed, both sides
-start from the same weights and have to agree: on the logits, or on loss and
-gradient norm of the first three steps.
+zeroed, evaluation is in inference mode. Freed memory is kept, and the variable
+above asks for huge pages, for both. Before anything is timed, both sides start
+from the same weights and have to agree: on the logits, or on loss and gradient
+norm of the first three steps.
 
 All ways take turns, in an order that moves on by one each turn. In its turn a
 way rests until the threads of the one before have stopped spinning, makes one
@@ -37,13 +38,6 @@ agree to fewer digits; `torch.compile` records graphs of the kernels there
 Most of a first run is `torch.compile`; inductor keeps what it compiled for the
 next one. A run with `--repeats 1` does that on a machine that is still busy.
 """
-
-from kdseg.runtime import devices
-from kdseg.runtime import pages
-
-if __name__ == "__main__":
-  # Before what takes seconds to import, as kdseg.main does.
-  pages.ask()
 
 import argparse
 from collections.abc import Callable
@@ -63,8 +57,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdseg.runtime import memory
 from kdseg import networks
+from kdseg.runtime import devices
+from kdseg.runtime import memory
 from kdseg.training import optimizer
 from kdseg.training import state as state_lib
 from kdseg.training import step as step_lib

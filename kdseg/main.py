@@ -1,11 +1,5 @@
 """`python -m kdseg.main --config configs/NAME.py --workdir DIR`."""
 
-from kdseg.runtime import pages
-
-if __name__ == "__main__":
-  # Before what takes seconds to import.
-  pages.ask()
-
 from collections.abc import Sequence
 import logging
 import re
@@ -17,18 +11,18 @@ from absl import logging as absl_logging
 import jax
 from ml_collections import config_flags
 
-from kdseg.runtime import checkpoint
-from kdseg.runtime import names
-from kdseg.runtime import files
+from kdseg.data import archives
 from kdseg.experiment import config as config_lib
+from kdseg.experiment import estimate
 from kdseg.experiment import run
+from kdseg.experiment import workdir as workdir_lib
+from kdseg.runtime import checkpoint
+from kdseg.runtime import files
 from kdseg.runtime import hosts
 from kdseg.runtime import memory
-from kdseg.experiment import estimate
+from kdseg.runtime import names
 from kdseg.runtime import preemption
 from kdseg.training import loop
-from kdseg.experiment import workdir as workdir_lib
-from kdseg.data import archives
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "The experiment, a file of configs/.", lock_config=True

@@ -1,4 +1,4 @@
-"""Memory: what to say where there is too little; what becomes of freed one."""
+"""Says which setting to lower when memory runs out; keeps freed memory."""
 
 from collections.abc import Iterator
 import contextlib
@@ -7,68 +7,69 @@ import os
 
 import jax
 
-from kdseg.runtime import pages
+from kdseg.runtime import commands
 
-_SHOWN = 160  # characters of what XLA says
+_SHOWN = 160  # characters of XLA's message
 # Parameters of mallopt(3), by their numbers in <malloc.h>.
 _TRIM_THRESHOLD = -1
 _MMAP_MAX = -4
 
 
 class OutOfMemoryError(RuntimeError):
-  """Work that takes more memory than there is; says which setting to lower."""
+  """Work needs more memory than there is; names the setting to lower."""
 
 
 @contextlib.contextmanager
 def enough(what: str, remedy: str) -> Iterator[None]:
-  """Names what was being done, if there is not enough memory for it.
+  """Turns errors of exhausted memory into one that says what to lower.
 
   Args:
-    what: is being done.
+    what: the work inside the `with` block.
     remedy: a sentence without its full stop.
 
   Raises:
-    OutOfMemoryError: in the place of Python's error, and XLA's; others pass.
+    OutOfMemoryError: in place of Python's or XLA's error; others pass.
   """
   try:
     yield
   except (MemoryError, jax.errors.JaxRuntimeError) as error:
-    said = str(error).strip()
-    # A device, or its compiler, only says it in words.
+    message = str(error).strip()
+    # A device, or its compiler, reports it in the message alone.
     words = ("resource_exhausted", "out of memory", "out_of_memory")
     if not isinstance(error, MemoryError) and not any(
-      word in said.lower() for word in words
+      word in message.lower() for word in words
     ):
       raise
-    said = said.splitlines()[0][:_SHOWN].rstrip(".") if said else "MemoryError"
+    first = message.splitlines()[0] if message else "MemoryError"
     raise OutOfMemoryError(
-      f"{what}: not enough memory ({said}). {remedy}"
+      f"{what}: not enough memory ({first[:_SHOWN].rstrip('.')}). {remedy}"
     ) from error
 
 
 def keep_freed() -> bool:
-  """Makes the C library keep what is freed, for the next step to use.
+  """Makes glibc keep freed memory for the next step, on a CPU.
 
   A small student's step takes tens of MB of scratch memory. By default glibc
-  asks the kernel for it anew every time, page by page and filled with zeros,
-  which is a quarter to a third of such a step on a CPU. It changes no number.
-  The process stays as large as it ever was. Where the user has set a variable
-  of the environment that begins with MALLOC_, or GLIBC_TUNABLES, all is left as
-  it is.
+  gets it from the kernel each time, page by page and filled with zeros, which
+  is a quarter to a third of such a step. No number of a result changes; the
+  process never shrinks.
 
   Returns:
-    Whether it is so; false without glibc, or if the user chose otherwise.
+    Whether glibc does; false for another C library, or where the user has set
+    a MALLOC_ variable or GLIBC_TUNABLES to something of their own.
   """
-  if pages.is_chosen():
+  tunables = os.environ.get(commands.TUNABLES, commands.HUGE_PAGES)
+  if tunables != commands.HUGE_PAGES or any(
+    name.startswith("MALLOC_") for name in os.environ
+  ):
     return False
   try:
     os.confstr("CS_GNU_LIBC_VERSION")
   except (AttributeError, ValueError):
     return False
   mallopt = ctypes.CDLL(None).mallopt
-  # No buffer on its own, and the heap never made smaller. What is larger than
-  # 64 MB is a buffer on its own all the same, as JAX's threads have heaps of
-  # that size. One heap for all would take that too, but then a small student's
-  # step takes a sixth longer, and the process half as much memory again: see
-  # `kdseg.runtime.pages` instead.
+  # No block outside the heaps, and no heap made smaller. Blocks above 64 MB,
+  # the size of a thread's heap, lie outside all the same; huge pages (see
+  # `commands`) help there. One heap for all threads would hold them too, but a
+  # small student's step then took a sixth longer and half as much memory again.
   return bool(mallopt(_MMAP_MAX, 0) and mallopt(_TRIM_THRESHOLD, -1))

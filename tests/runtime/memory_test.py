@@ -1,8 +1,9 @@
-"""Too much memory asked for, and memory that was freed."""
+"""What is said when memory runs out, and that freed memory is kept."""
 
 import os
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -28,25 +29,25 @@ def allocate_on_the_host():
 
 
 @pytest.mark.parametrize(
-  ("allocate", "said"),
+  ("allocate", "message"),
   [
     (allocate_on_a_device, f"RESOURCE_EXHAUSTED: .* {TOO_MUCH} bytes"),
     (allocate_within_a_program, "RESOURCE_EXHAUSTED: .* bytes"),
     (allocate_on_the_host, "Unable to allocate .*"),
   ],
 )
-def test_it_is_said_what_was_done_and_what_to_lower(allocate, said):
+def test_the_error_says_what_ran_and_which_setting_to_lower(allocate, message):
   with (
     pytest.raises(
       memory.OutOfMemoryError,
-      match=rf"^students: not enough memory \({said}\)\. Lower it$",
+      match=rf"^students: not enough memory \({message}\)\. Lower it$",
     ),
     memory.enough("students", "Lower it"),
   ):
     allocate()
 
 
-def test_the_narrower_of_two_speaks():
+def test_of_two_nested_blocks_the_inner_one_names_the_setting():
   with (
     pytest.raises(
       memory.OutOfMemoryError, match=r"^validation: .*\)\. Lower a$"
@@ -61,7 +62,7 @@ def test_the_narrower_of_two_speaks():
   "error",
   [jax.errors.JaxRuntimeError("INTERNAL: something else"), KeyError("x")],
 )
-def test_other_errors_stay_what_they_are(error):
+def test_other_errors_pass_unchanged(error):
   with pytest.raises(type(error)) as found, memory.enough("a", "b"):
     raise error
   assert found.value is error
@@ -71,7 +72,7 @@ def test_other_errors_stay_what_they_are(error):
 _TAKE = """
 import ctypes
 import resource
-from kdseg import memory
+from kdseg.runtime import memory
 
 if {keep}:
   print(memory.keep_freed())
@@ -91,20 +92,20 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def _take(*, keep: bool, **environment: str) -> list[str]:
   kept = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
   kept.pop("GLIBC_TUNABLES", None)
-  answer = subprocess.run(
+  done = subprocess.run(
     [sys.executable, "-c", _TAKE.format(keep=keep)],
     env=kept | environment,
     capture_output=True,
     text=True,
     check=True,
   )
-  return answer.stdout.split()
+  return done.stdout.split()
 
 
 @pytest.mark.skipif(
   "CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="needs glibc"
 )
-def test_memory_that_was_freed_is_used_again():
+def test_freed_memory_is_used_again():
   (before,) = _take(keep=False)
   kept, after = _take(keep=True)
   assert int(before) > 1000
@@ -112,7 +113,33 @@ def test_memory_that_was_freed_is_used_again():
   assert int(after) < 100
 
 
-def test_what_the_user_chose_stays():
-  kept, after = _take(keep=True, MALLOC_TRIM_THRESHOLD_="131072")
-  assert kept == "False"
-  assert int(after) > 1000
+@pytest.mark.skipif(
+  "CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="needs glibc"
+)
+@pytest.mark.parametrize(
+  ("variables", "kept"),
+  [
+    ({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}, True),
+    ({"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=131072"}, False),
+    ({"MALLOC_TRIM_THRESHOLD_": "131072"}, False),
+  ],
+)
+def test_only_what_the_user_has_chosen_is_left_alone(
+  monkeypatch, variables, kept
+):
+  called = []
+
+  def mallopt(parameter, value):
+    called.append((parameter, value))
+    return 1
+
+  for name in list(os.environ):
+    if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES":
+      monkeypatch.delenv(name)
+  for name, value in variables.items():
+    monkeypatch.setenv(name, value)
+  monkeypatch.setattr(
+    memory.ctypes, "CDLL", lambda _: types.SimpleNamespace(mallopt=mallopt)
+  )
+  assert memory.keep_freed() == kept
+  assert bool(called) == kept
