@@ -43,36 +43,10 @@ class Colours(NamedTuple):
   tone: Array
 
 
-def augment(
-  rng: Array,
-  image: Array,
-  mask: Array,
-  *,
-  flips: bool = True,
-  quarter_turns: bool = True,
-  rotate: float = 15.0,
-  scale: float = 0.15,
-  translate: float = 0.08,
-  brightness: float = 0.1,
-  contrast: float = 0.15,
-  saturation: float = 0.2,
-  hue: float = 6.0,
-  gain: float = 0.06,
-  tone: float = 0.2,
-) -> tuple[Array, Array]:
-  """Draws one random view of each image, its mask moved with it.
+class Strengths(NamedTuple):
+  """How far `augment` may change an image; 0 or False switches a change off.
 
-  What lies outside the picture is its mirror image, in the mask too: a corner
-  turned black would look like a lesion, and an unmasked mirrored lesion would
-  teach that lesions are none. A value of 0 (or False) switches a change off;
-  with all of them off this only converts, exactly: the bytes over 255, the
-  mask to float32.
-
-  Args:
-    rng: one key, or one an image [B]. The draws of an image depend on its
-      key, or on the one key and its position in the batch; on nothing else.
-    image: [B, H, W, 3] uint8, RGB.
-    mask: [B, H, W] uint8 in {0, 1}.
+  Attributes:
     flips: mirror left-right and top-down, each for every second image.
     quarter_turns: turn by 0, 90, 180 or 270 degrees; square images only.
     rotate: largest rotation, in degrees, either way.
@@ -86,6 +60,47 @@ def augment(
     tone: largest bend of a channel's tone curve, x + bend * x * (1 - x). As
       far as 0.2 it is within 0.02 of a gamma between 0.88 and 1.14,
       without the cost of a power.
+  """
+
+  flips: bool = True
+  quarter_turns: bool = True
+  rotate: float = 15.0
+  scale: float = 0.15
+  translate: float = 0.08
+  brightness: float = 0.1
+  contrast: float = 0.15
+  saturation: float = 0.2
+  hue: float = 6.0
+  gain: float = 0.06
+  tone: float = 0.2
+
+  def without_geometry(self) -> "Strengths":
+    """Returns the same colours, with every pixel left in its place."""
+    return self._replace(
+      flips=False, quarter_turns=False, rotate=0.0, scale=0.0, translate=0.0
+    )
+
+
+DEFAULT = Strengths()
+_COLOURS = Strengths._fields.index("brightness")  # and all that follow
+
+
+def augment(
+  rng: Array, image: Array, mask: Array, strengths: Strengths = DEFAULT
+) -> tuple[Array, Array]:
+  """Draws one random view of each image, its mask moved with it.
+
+  What lies outside the picture is its mirror image, in the mask too: a corner
+  turned black would look like a lesion, and an unmasked mirrored lesion would
+  teach that lesions are none. With all changes off this only converts,
+  exactly: the bytes over 255, the mask to float32.
+
+  Args:
+    rng: one key, or one an image [B]. The draws of an image depend on its
+      key, or on the one key and its position in the batch; on nothing else.
+    image: [B, H, W, 3] uint8, RGB.
+    mask: [B, H, W] uint8 in {0, 1}.
+    strengths: see there.
 
   Returns:
     image [B, H, W, 3] float32 in [0, 1], bilinear; mask [B, H, W] float32 in
@@ -96,24 +111,7 @@ def augment(
       is negative (or a tone above 1), on quarter turns of images that are not
       square, or on an `rng` of another shape.
   """
-  _check(image, mask, quarter_turns)
-  strengths = {
-    "rotate": rotate,
-    "scale": scale,
-    "translate": translate,
-    "brightness": brightness,
-    "contrast": contrast,
-    "saturation": saturation,
-    "hue": hue,
-    "gain": gain,
-    "tone": tone,
-  }
-  for name, strength in strengths.items():
-    if strength < 0:
-      raise ValueError(f"{name} must not be negative: {strength}")
-  if tone > 1:
-    raise ValueError(f"tone above 1 folds the curve back: {tone}")
-
+  _check(image, mask, strengths)
   batch, height, width = mask.shape
   # All numbers of an image in one draw, each at its own place: switching one
   # change off leaves the others as they are.
@@ -122,29 +120,29 @@ def augment(
     keys
   )
 
-  if flips or quarter_turns or rotate or scale or translate:
-    matrix = _affine(draws[:, :5], flips, quarter_turns, rotate, scale)
+  if strengths != strengths.without_geometry():
     sides = jnp.array([height, width], jnp.float32)
-    image, mask = warp(image, mask, matrix, draws[:, 5:7] * translate * sides)
+    shift = draws[:, 5:7] * strengths.translate * sides
+    image, mask = warp(image, mask, _affine(draws[:, :5], strengths), shift)
   else:
     image = image.astype(jnp.float32) * _BYTE
     mask = mask.astype(jnp.float32)
 
-  if brightness or contrast or saturation or hue or gain or tone:
+  if any(strengths[_COLOURS:]):
     # Or the sum over an image, for its mean, resamples it a second time.
     image, mask = jax.lax.optimization_barrier((image, mask))
     colours = Colours(
-      _colour_matrix(draws[:, 7:12], saturation, hue, gain),
-      1 + contrast * draws[:, 12],
-      brightness * draws[:, 13],
-      tone * draws[:, 14:17],
+      _colour_matrix(draws[:, 7:12], strengths),
+      1 + strengths.contrast * draws[:, 12],
+      strengths.brightness * draws[:, 13],
+      strengths.tone * draws[:, 14:17],
     )
     image = recolour(image, colours)
   return image, mask
 
 
-def _check(image: Array, mask: Array, quarter_turns: bool) -> None:
-  """Raises ValueError where `image` and `mask` are not as `augment` says."""
+def _check(image: Array, mask: Array, strengths: Strengths) -> None:
+  """Raises ValueError on what `augment` does not take."""
   if image.ndim != 4 or image.shape[-1] != 3 or image.dtype != jnp.uint8:
     raise ValueError(
       f"image must be uint8 [B, H, W, 3]: {image.dtype} {image.shape}"
@@ -154,24 +152,27 @@ def _check(image: Array, mask: Array, quarter_turns: bool) -> None:
       f"mask must be uint8 {image.shape[:3]}, as the image: "
       f"{mask.dtype} {mask.shape}"
     )
-  if quarter_turns and image.shape[1] != image.shape[2]:
+  if strengths.quarter_turns and image.shape[1] != image.shape[2]:
     raise ValueError(
       f"quarter turns need square images, not {image.shape[1:3]}; "
       "pass quarter_turns=False"
     )
+  for name, strength in strengths._asdict().items():
+    if strength < 0:
+      raise ValueError(f"{name} must not be negative: {strength}")
+  if strengths.tone > 1:
+    raise ValueError(f"tone above 1 folds the curve back: {strengths.tone}")
 
 
-def _affine(
-  draws: Array, flips: bool, quarter_turns: bool, rotate: float, scale: float
-) -> Array:
+def _affine(draws: Array, strengths: Strengths) -> Array:
   """Returns the matrices [B, 2, 2] for `warp` from draws [B, 5] in [-1, 1).
 
   Flips and quarter turns alone are exact: their entries are 0, 1 and -1.
   """
-  theta = draws[:, 0] * np.deg2rad(rotate)
-  zoom = jnp.exp(draws[:, 1] * np.log1p(scale))
+  theta = draws[:, 0] * np.deg2rad(strengths.rotate)
+  zoom = jnp.exp(draws[:, 1] * np.log1p(strengths.scale))
   cosine, sine = zoom * jnp.cos(theta), zoom * jnp.sin(theta)
-  if quarter_turns:
+  if strengths.quarter_turns:
     quarter = jnp.floor(2 * draws[:, 2] + 2).astype(jnp.int32)
     across = jnp.array([1.0, 0.0, -1.0, 0.0])[quarter]
     up = jnp.array([0.0, 1.0, 0.0, -1.0])[quarter]
@@ -179,7 +180,7 @@ def _affine(
   matrix = jnp.stack(
     [jnp.stack([cosine, -sine], -1), jnp.stack([sine, cosine], -1)], -2
   )
-  if flips:
+  if strengths.flips:
     matrix *= jnp.where(draws[:, 3:5] < 0, -1.0, 1.0)[:, :, None]
   return matrix
 
@@ -195,10 +196,6 @@ def warp(
   image: Array, mask: Array, matrix: Array, shift: Array
 ) -> tuple[Array, Array]:
   """Resamples image (bilinear) and mask (nearest) through affine maps.
-
-  A pixel's three bytes and its mask travel as one 32-bit word, and the words
-  of a pixel and of its right neighbour as one row: two gathers a view, where
-  `map_coordinates` takes sixteen.
 
   Args:
     image: [B, H, W, 3] uint8.
@@ -217,19 +214,15 @@ def warp(
   m, s = matrix[:, :, :, None, None], shift[:, :, None, None]
   row = m[:, 0, 0] * rows + m[:, 0, 1] * columns + s[:, 0] + (height - 1) / 2
   column = m[:, 1, 0] * rows + m[:, 1, 1] * columns + s[:, 1] + (width - 1) / 2
-  # Without the barrier the compiler computes a position twice and rounds it
-  # in two ways: now and then the cell would be one pixel off its weights.
+  # Without the barrier XLA computes a position twice and rounds it in two ways,
+  # so that a cell may be one pixel off its weights.
   row, column = jax.lax.optimization_barrier(
     (_mirrored(row, height), _mirrored(column, width))
   )
   top, left = jnp.floor(row), jnp.floor(column)
   down, right = row - top, column - left
 
-  colour = image.astype(jnp.uint32)
-  word = colour[..., 0] | colour[..., 1] << 8 | colour[..., 2] << 16
-  word |= mask.astype(jnp.uint32) << 24
-  word = jnp.pad(word, ((0, 0), (1, 1), (1, 1)), mode="edge")
-  pairs = jnp.stack([word[:, :, :-1], word[:, :, 1:]], -1).reshape(-1, 2)
+  pairs = _pack(image, mask)
   cells = (height + 2) * (width + 1)
   index = (
     (jnp.arange(batch) * cells)[:, None, None]
@@ -260,9 +253,20 @@ def warp(
   return view, (nearest >> 24).astype(jnp.float32)
 
 
-def _colour_matrix(
-  draws: Array, saturation: float, hue: float, gain: float
-) -> Array:
+def _pack(image: Array, mask: Array) -> Array:
+  """Returns each pixel and its right neighbour as a row, [-1, 2] uint32.
+
+  A pixel's three bytes and its mask are one word, so that a view takes two
+  gathers where `map_coordinates` takes sixteen. The edge is repeated once.
+  """
+  colour = image.astype(jnp.uint32)
+  word = colour[..., 0] | colour[..., 1] << 8 | colour[..., 2] << 16
+  word |= mask.astype(jnp.uint32) << 24
+  word = jnp.pad(word, ((0, 0), (1, 1), (1, 1)), mode="edge")
+  return jnp.stack([word[:, :, :-1], word[:, :, 1:]], -1).reshape(-1, 2)
+
+
+def _colour_matrix(draws: Array, strengths: Strengths) -> Array:
   """Returns [B, 3, 3], from input channels to output, from draws [B, 5]."""
   # Saturation and hue both move a colour around its grey: x = luma + chroma.
   grey = np.outer(_LUMA, np.ones(3)).astype(np.float32)
@@ -271,14 +275,14 @@ def _colour_matrix(
   # already behind the projection on the chroma.
   axis = np.array([[0, 1, -1], [-1, 0, 1], [1, -1, 0]]) / np.sqrt(3.0)
   whole = np.full((3, 3), 1 / 3)
-  theta = draws[:, 0, None, None] * np.deg2rad(hue)
+  theta = draws[:, 0, None, None] * np.deg2rad(strengths.hue)
   turned = (
     chroma @ whole
     + jnp.cos(theta) * (chroma @ (np.eye(3) - whole))
     + jnp.sin(theta) * (chroma @ axis)
   )
-  matrix = grey + (1 + saturation * draws[:, 1, None, None]) * turned
-  return matrix * (1 + gain * draws[:, None, 2:5])
+  matrix = grey + (1 + strengths.saturation * draws[:, 1, None, None]) * turned
+  return matrix * (1 + strengths.gain * draws[:, None, 2:5])
 
 
 def recolour(image: Array, colours: Colours) -> Array:

@@ -195,8 +195,8 @@ def open_image(content: bytes, where: str) -> Image.Image:
     DataError: if it is empty, damaged, too large or of an unknown kind.
   """
   too_many = (
-    f"more pixels than the limit of {MAX_PIXELS}; refusing to decode it. Replace it"
-    " by the original file, or by a smaller copy."
+    f"more pixels than the limit of {MAX_PIXELS}; refusing to decode it."
+    " Replace it by the original file, or by a smaller copy."
   )
   try:
     image = _open_header(content)

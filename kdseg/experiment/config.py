@@ -4,7 +4,6 @@ import collections
 from collections.abc import Iterable
 from collections.abc import Mapping
 import dataclasses
-import inspect
 from typing import Any
 
 from flax import linen as nn
@@ -194,9 +193,9 @@ def _check_names(
   extensions: extensions_lib.Extensions,
 ) -> None:
   """Raises ValueError on a value that would only fail after hours."""
-  options = inspect.signature(augment_lib.augment).parameters.values()
-  known = [o.name for o in options if o.kind is o.KEYWORD_ONLY]
-  names_lib.check_known("augmentation", config.augment, known)
+  names_lib.check_known(
+    "augmentation", config.augment, augment_lib.Strengths._fields
+  )
   names_lib.check_known(
     "tta",
     [

@@ -117,12 +117,13 @@ def parallel_prepare(
       of the frozen networks are known for eight orientations only, so nothing
       else moves the pixels then.
   """
-  options = dict(run_config.augment)
+  strengths = augment_lib.Strengths(**run_config.augment)
   if oriented:
-    options |= {"flips": False, "quarter_turns": False}
-    options |= {"rotate": 0.0, "scale": 0.0, "translate": 0.0}
+    strengths = strengths.without_geometry()
   mapped = devices.parallel(
-    make_prepare(functools.partial(augment_lib.augment, **options), teach),
+    make_prepare(
+      functools.partial(augment_lib.augment, strengths=strengths), teach
+    ),
     replicated=3,
     out_replicated=False,
   )

@@ -105,7 +105,7 @@ class RunConfig:
     evaluation_batch_size: of validation, over all devices and hosts.
     size: side of the images in pixels.
     segmentation: weights of the segmentation terms.
-    augment: options of `data.augment.augment`.
+    augment: fields of `data.augment.Strengths`.
     encoder_weights: whether encoders start from published weights.
     log_every: steps between log lines.
     seeds_at_once: how many seeds of a kind one program updates; see the

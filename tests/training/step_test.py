@@ -70,7 +70,9 @@ def first_state(method=METHOD, network=STUDENT, tx=TX, seed=SEED, average=True):
 
 def make_prepare():
   return prepare_lib.make_prepare(
-    functools.partial(augment.augment, rotate=10.0),
+    functools.partial(
+      augment.augment, strengths=augment.Strengths(rotate=10.0)
+    ),
     prepare_lib.make_teach(TEACHER, METHOD.taps),
   )
 
