@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from kdseg import networks
-from kdseg.data import pipeline
+from kdseg.data import loading
 from kdseg.distill import objective
 from kdseg.runtime import devices
 from kdseg.runtime import memory
@@ -35,12 +35,12 @@ from kdseg.training import settings
 TAPS = ("decoder_high",)
 
 
-def make_arrays(count: int, size: int) -> pipeline.Arrays:
+def make_arrays(count: int, size: int) -> loading.Arrays:
   """Makes noise with a disc in it."""
   draw = np.random.default_rng(0)
   y, x = np.mgrid[0:size, 0:size]
   disc = (np.hypot(y - size / 2, x - size / 2) < size / 4).astype(np.uint8)
-  return pipeline.Arrays(
+  return loading.Arrays(
     name="noise",
     split="train",
     ids=tuple(str(i) for i in range(count)),

@@ -14,10 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from kdseg.data.loading import Arrays as Arrays
-from kdseg.data.loading import fingerprint as fingerprint
-from kdseg.data.loading import load as load
-from kdseg.data.loading import resize_image as resize_image
+from kdseg.data import loading
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -94,7 +91,7 @@ def shard_for_process(
 
 
 def batches(
-  arrays: Arrays,
+  arrays: loading.Arrays,
   *,
   seed: int,
   batch_size: int,
@@ -134,7 +131,7 @@ def batches(
     )
 
 
-def eval_batches(arrays: Arrays, batch_size: int) -> Iterator[Batch]:
+def eval_batches(arrays: loading.Arrays, batch_size: int) -> Iterator[Batch]:
   """Yields every example once, in order, in batches of one size.
 
   The last batch is filled up with black images of no lesion, index -1 and

@@ -42,7 +42,7 @@ import numpy as np
 
 from kdseg import networks
 from kdseg.data import archives
-from kdseg.data import pipeline
+from kdseg.data import loading
 from kdseg.data import sets
 from kdseg.data.sets import synthetic
 from kdseg.deploy import artefacts
@@ -483,7 +483,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.calibration:
       images = np.stack(
         [
-          pipeline.resize_image(pictures.read(path), model.size)
+          loading.resize_image(pictures.read(path), model.size)
           for path in pictures.find(options.calibration)
         ]
       )

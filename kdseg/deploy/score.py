@@ -18,7 +18,7 @@ import numpy as np
 import tqdm
 
 from kdseg.data import archives
-from kdseg.data import pipeline
+from kdseg.data import loading
 from kdseg.data import sets
 from kdseg.deploy import artefacts
 from kdseg.deploy import models
@@ -53,7 +53,7 @@ def find(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def score(
-  model: segmenter.Segmenter, arrays: pipeline.Arrays, dataset: str, form: str
+  model: segmenter.Segmenter, arrays: loading.Arrays, dataset: str, form: str
 ) -> list[scores.Row]:
   """Returns a row an image, as a run writes them; the arm is the form.
 
@@ -140,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     paths = find(folder)
     size = models.load_weights(paths[0]).size
     for name in options.tests:
-      arrays = pipeline.load(
+      arrays = loading.load(
         name,
         "test",
         size=size,

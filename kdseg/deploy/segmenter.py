@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from kdseg.data import pipeline
+from kdseg.data import loading
 from kdseg.evaluation import metrics
 
 
@@ -59,7 +59,7 @@ class Segmenter:
       )
     if 0 in image.shape:
       raise ValueError(f"an image of {image.shape[:2]} has no pixel")
-    square = pipeline.resize_image(np.ascontiguousarray(image), self.size)
+    square = loading.resize_image(np.ascontiguousarray(image), self.size)
     [probability] = self.probabilities(square[None])
     return metrics.resize_probability(probability, *image.shape[:2])
 

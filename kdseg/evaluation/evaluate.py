@@ -12,6 +12,7 @@ import zlib
 import jax
 import numpy as np
 
+from kdseg.data import loading
 from kdseg.data import orientations
 from kdseg.data import pipeline
 from kdseg.evaluation import metrics
@@ -28,7 +29,7 @@ TTA_MODES = ("none", "dihedral")
 def probabilities(
   predict: Predict,
   variables: Tree,
-  arrays: pipeline.Arrays,
+  arrays: loading.Arrays,
   *,
   batch_size: int,
   tta: str = "none",
@@ -59,7 +60,7 @@ def probabilities(
 def _answered(
   predict: Predict,
   variables: Tree,
-  arrays: pipeline.Arrays,
+  arrays: loading.Arrays,
   batch_size: int,
   tta: str,
   encoder_features: dict[str, np.ndarray] | None = None,
@@ -101,7 +102,7 @@ def _answered(
 def mean_dice(
   predict: Predict,
   variables: Tree,
-  arrays: pipeline.Arrays,
+  arrays: loading.Arrays,
   *,
   batch_size: int,
   encoder_features: dict[str, np.ndarray] | None = None,
@@ -135,7 +136,7 @@ def mean_dice(
 def score(
   predict: Predict,
   variables: Tree,
-  arrays: pipeline.Arrays,
+  arrays: loading.Arrays,
   *,
   batch_size: int,
   tta: str = "none",

@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from kdseg.data import pipeline
+from kdseg.data import loading
 from kdseg.distill import extensions as extensions_lib
 from kdseg.evaluation import evaluate
 from kdseg.experiment import config as config_lib
@@ -89,7 +89,7 @@ def score(
   predicts: dict[str, Callable[..., Any]] = {}
   # Of as many images as there are, this takes a moment.
   fingerprint = functools.cache(
-    lambda test: pipeline.fingerprint(data.tests[test])
+    lambda test: loading.fingerprint(data.tests[test])
   )
   for arm, seed, finished in entries:
     for test, arrays in data.tests.items():
@@ -134,7 +134,7 @@ def _score_group(
   group: scores_lib.Group,
   teacher: teachers_lib.Teacher,
   predict: Callable[..., Any],
-  arrays: pipeline.Arrays,
+  arrays: loading.Arrays,
   workdir: pathlib.Path,
   *,
   batch_size: int,

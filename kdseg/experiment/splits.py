@@ -8,7 +8,7 @@ from typing import Any
 import ml_collections
 
 from kdseg.data import archives
-from kdseg.data import pipeline
+from kdseg.data import loading
 from kdseg.experiment import config as config_lib
 from kdseg.runtime import hosts
 
@@ -19,9 +19,9 @@ _LOG = logging.getLogger("kdseg")
 class Data:
   """The arrays of an experiment; test sets by their name in scores.csv."""
 
-  train: pipeline.Arrays
-  validation: pipeline.Arrays
-  tests: Mapping[str, pipeline.Arrays]
+  train: loading.Arrays
+  validation: loading.Arrays
+  tests: Mapping[str, loading.Arrays]
 
 
 def check_agreement(data: Data) -> None:
@@ -34,7 +34,7 @@ def check_agreement(data: Data) -> None:
     return
   splits = {"train": data.train, "validation": data.validation, **data.tests}
   found = hosts.gather(
-    {name: pipeline.fingerprint(arrays) for name, arrays in splits.items()}
+    {name: loading.fingerprint(arrays) for name, arrays in splits.items()}
   )
   for name in splits:
     if len({host[name] for host in found}) > 1:
@@ -49,12 +49,12 @@ def load(config: ml_collections.ConfigDict) -> Data:
 
   Raises:
     ValueError: if a split is empty.
-    DataError: see `data.pipeline.load`.
+    DataError: see `data.loading.load`.
   """
   c = config.data
 
-  def load(name: str, split: str) -> pipeline.Arrays:
-    arrays = pipeline.load(
+  def load(name: str, split: str) -> loading.Arrays:
+    arrays = loading.load(
       name,
       split,
       size=c.size,
@@ -91,7 +91,7 @@ def describe(data: Data) -> dict[str, dict[str, Any]]:
       "images": len(arrays),
       "coverage": arrays.coverage,
       "excluded": list(arrays.excluded),
-      "sha256": pipeline.fingerprint(arrays),
+      "sha256": loading.fingerprint(arrays),
     }
     for name, arrays in every.items()
   }

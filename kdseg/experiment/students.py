@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from kdseg.data import pipeline
+from kdseg.data import loading
 from kdseg.distill import extensions as extensions_lib
 from kdseg.distill import objective
 from kdseg.experiment import config as config_lib
@@ -282,7 +282,7 @@ def _make_teaching(
 
   name = "+".join(config.distil_from)
   key = teachers_lib.content_key(
-    pipeline.fingerprint(data.train),
+    loading.fingerprint(data.train),
     teacher.variables,
     repr(teacher.network),
     str(config.teacher_channels),

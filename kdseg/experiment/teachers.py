@@ -18,8 +18,8 @@ import ml_collections
 import numpy as np
 
 from kdseg import networks
+from kdseg.data import loading
 from kdseg.data import orientations
-from kdseg.data import pipeline
 from kdseg.experiment import config as config_lib
 from kdseg.experiment import splits
 from kdseg.experiment import workdir as workdir_lib
@@ -195,7 +195,7 @@ def _encode(
         cache_folder(workdir) / f"{name}-{split}",
         batch_size=config.evaluation.batch_size,
         key=content_key(
-          pipeline.fingerprint(arrays),
+          loading.fingerprint(arrays),
           variables["params"].get("encoder", {}),
           repr(network),
         ),

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from kdseg.data import loading
 from kdseg.data import orientations as orientations_lib
 from kdseg.data import pipeline
 from kdseg.runtime import devices
@@ -19,7 +20,7 @@ Batches = Callable[[int], Iterator[tuple[int, Tree, BatchInfo]]]
 
 
 def make_batches(
-  arrays: pipeline.Arrays,
+  arrays: loading.Arrays,
   *,
   seed: int,
   batch_size: int,

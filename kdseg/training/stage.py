@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from kdseg.data import pipeline
+from kdseg.data import loading
 from kdseg.evaluation import evaluate
 from kdseg.runtime import checkpoint
 from kdseg.runtime import files
@@ -65,8 +65,8 @@ class Inputs:
       images; see `evaluate.probabilities`.
   """
 
-  train: pipeline.Arrays
-  validation: pipeline.Arrays
+  train: loading.Arrays
+  validation: loading.Arrays
   teach: prepare_lib.Teach | None = None
   teacher_variables: Tree = None
   cached_outputs: Mapping[str, Mapping[str, np.ndarray]] | None = None

@@ -16,7 +16,7 @@ import pytest
 import tiny_model
 
 from kdseg import predict
-from kdseg.data import pipeline
+from kdseg.data import loading
 from kdseg.data.sets import synthetic
 from kdseg.deploy import export
 from kdseg.deploy import models
@@ -490,7 +490,7 @@ def test_images_are_resized_to_the_bit_as_in_python(arithmetic):
   for image, resized in zip(images, arithmetic(cases)):
     np.testing.assert_array_equal(
       np.reshape(resized, (32, 32, 3)),
-      pipeline.resize_image(image, 32),
+      loading.resize_image(image, 32),
       str(image.shape),
     )
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tiny_model
 
-from kdseg.data import pipeline
+from kdseg.data import loading
 from kdseg.deploy import export
 from kdseg.deploy import models
 from kdseg.deploy import score
@@ -33,7 +33,7 @@ def scored(folder, data_dir):
 
 
 def test_every_form_is_scored_on_every_image(scored, data_dir):
-  arrays = pipeline.load(
+  arrays = loading.load(
     "synthetic", "test", size=tiny_model.SIZE, data_dir=data_dir
   )
   with (scored / "scores.csv").open(newline="") as file:
@@ -56,7 +56,7 @@ def test_the_summary_is_the_mean_over_images_and_its_change(scored):
 
 
 def test_a_form_that_answers_otherwise_scores_otherwise(data_dir):
-  arrays = pipeline.load(
+  arrays = loading.load(
     "synthetic", "test", size=tiny_model.SIZE, data_dir=data_dir
   )
 
@@ -78,7 +78,7 @@ def test_a_form_that_answers_otherwise_scores_otherwise(data_dir):
 
 
 def test_what_is_no_number_has_no_score(data_dir):
-  arrays = pipeline.load(
+  arrays = loading.load(
     "synthetic", "test", size=tiny_model.SIZE, data_dir=data_dir
   )
 

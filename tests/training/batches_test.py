@@ -2,8 +2,8 @@ import jax
 import numpy as np
 import pytest
 
+from kdseg.data import loading
 from kdseg.data import orientations
-from kdseg.data import pipeline
 from kdseg.training import batches
 
 SIDE, COUNT = 4, 10
@@ -13,7 +13,7 @@ def make_arrays():
   image = np.random.default_rng(0).integers(
     0, 256, (COUNT, SIDE, SIDE, 3), np.uint8
   )
-  return pipeline.Arrays(
+  return loading.Arrays(
     name="synthetic",
     split="train",
     ids=tuple(f"id{i}" for i in range(COUNT)),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from kdseg.data import pipeline
+from kdseg.data import loading
 from kdseg.distill import objective
 from kdseg.runtime import checkpoint
 from kdseg.runtime import devices
@@ -43,7 +43,7 @@ def compiled(tmp_path_factory):
 
 def make_arrays(count=16, split="train"):
   image, mask = tiny.draw_lesions(count, seed=len(split))
-  return pipeline.Arrays(
+  return loading.Arrays(
     name="synthetic",
     split=split,
     ids=tuple(f"{split}{i}" for i in range(count)),
