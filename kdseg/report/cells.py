@@ -8,7 +8,6 @@ off again.
 from collections.abc import Mapping
 from collections.abc import Sequence
 import math
-import numbers
 from typing import Any
 
 import numpy as np
@@ -143,7 +142,7 @@ def _number(name: str, cell: str, where: str) -> float:
 
 
 def _is_number(value: Any, *, whole: bool) -> bool:
-  if not isinstance(value, numbers.Real | np.integer | np.floating):
+  if not isinstance(value, int | float | np.integer | np.floating):
     return False
   try:
     finite = math.isfinite(value)

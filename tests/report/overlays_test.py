@@ -133,22 +133,21 @@ class TestOverlays:
     assert (cyan.sum(1) > 250).sum() >= 2  # top and bottom edges
 
   def test_columns_are_arms_and_rows_are_ranks(self):
-    small = overlays.overlays(grid(["a", "b"], ["worst"]))
-    wide = overlays.overlays(grid(["a", "b", "c"], ["worst"]))
-    tall = overlays.overlays(grid(["a", "b"], ["worst", "best"]))
+    small = overlays.overlays(grid(["a"], ["worst"]))
+    wide = overlays.overlays(grid(["a", "b"], ["worst"]))
+    tall = overlays.overlays(grid(["a"], ["worst", "best"]))
     assert wide.height == small.height
     assert wide.width - small.width >= 320
     assert tall.width == small.width
     assert tall.height - small.height >= 320
 
   def test_a_missing_case_is_a_blank_place(self):
-    whole = grid(["a", "b"], ["worst", "best"])
-    picture = np.asarray(overlays.overlays(whole[:-1]))
-    quarter = near(picture, SKIN, 6)
-    rows, columns = quarter.shape
-    assert not quarter[rows // 2 + 40 :, columns // 2 + 60 :].any()
-    full = near(overlays.overlays(whole), SKIN, 6)
-    assert full[rows // 2 + 40 :, columns // 2 + 60 :].any()
+    whole = [make_case("a", "worst"), *grid(["a", "b"], ["best"])]
+    skin = near(overlays.overlays(whole), SKIN, 6)
+    rows, columns = skin.shape
+    assert not skin[: rows // 2, columns // 2 + 60 :].any()
+    assert skin[: rows // 2, : columns // 2].any()
+    assert skin[rows // 2 + 40 :, columns // 2 + 60 :].any()
 
   @pytest.mark.parametrize(("height", "width"), [(40, 64), (64, 40)])
   def test_keeps_the_aspect_ratio(self, height, width):
@@ -163,16 +162,16 @@ class TestOverlays:
     assert columns.max() - columns.min() + 1 == 320 * width // 64
 
   def test_stands_on_white(self):
-    picture = overlays.overlays(grid(["a"]), title="isic2016_test")
+    picture = overlays.overlays([make_case()], title="isic2016_test")
     assert picture.mode == "RGB"
     corners = [(0, 0), (picture.width - 1, 0), (0, picture.height - 1)]
     assert {picture.getpixel(c) for c in corners} == {(255, 255, 255)}
 
   def test_a_title_takes_room_of_its_own(self):
-    bare = overlays.overlays(grid(["a"]))
-    titled = overlays.overlays(grid(["a"]), title="isic2016_test, seed 0")
+    bare = overlays.overlays([make_case()])
+    titled = overlays.overlays([make_case()], title="isic2016_test, seed 0")
     assert titled.height > bare.height
-    longer = overlays.overlays(grid(["a"]), title="a long title " * 9)
+    longer = overlays.overlays([make_case()], title="a long title " * 9)
     assert longer.width > titled.width
 
   @pytest.mark.parametrize(
