@@ -198,27 +198,28 @@ class TestMissingMetric:
       assert {k: want[k] for k in kept} == kept
 
 
-class TestNames:
-  @pytest.fixture(scope="class", params=NASTY)
-  def texts(self, request):
-    """Tables of arms, a data set, a group and a note called like this."""
-    name = request.param
-    student = name.lstrip("-")  # what comes before the first hyphen
-    rows = make_rows(f"{student}-none", 0.8)
-    rows += make_rows(f"{student}-m2bf", 0.9)
-    for row in rows:
-      row["dataset"] = name
-    meta = {**META, "notes": [name], "groups": {name: ["1"]}}
-    return tables.make_tables(rows, meta)
+@pytest.fixture(scope="module", params=NASTY)
+def nasty(request):
+  """Tables of arms, a data set, a group and a note called like this."""
+  name = request.param
+  student = name.lstrip("-")  # what comes before the first hyphen
+  rows = make_rows(f"{student}-none", 0.8)
+  rows += make_rows(f"{student}-m2bf", 0.9)
+  for row in rows:
+    row["dataset"] = name
+  meta = {**META, "notes": [name], "groups": {name: ["1"]}}
+  return tables.make_tables(rows, meta)
 
-  def test_no_name_adds_a_cell_or_a_line_to_markdown(self, texts):
-    found = markdown_tables(texts["table.md"])
+
+class TestNames:
+  def test_no_name_adds_a_cell_or_a_line_to_markdown(self, nasty):
+    found = markdown_tables(nasty["table.md"])
     assert len(found) == 5
     assert [len(table) for table in found] == [4, 3, 3, 4, 4]
     for table in found:
       assert len({len(row) for row in table}) == 1
 
-  def test_no_name_becomes_html(self, texts):
+  def test_no_name_becomes_html(self, nasty):
     tags = []
 
     class Parser(html.parser.HTMLParser):
@@ -226,33 +227,33 @@ class TestNames:
         del attrs
         tags.append(tag)
 
-    text = texts["table.md"].replace("> **Warning", "")
+    text = nasty["table.md"].replace("> **Warning", "")
     Parser().feed(text)
     assert tags == []
     assert not re.search(r"<(?!\s)", text)
 
-  def test_no_name_becomes_a_link(self, texts):
-    text = texts["table.md"]
+  def test_no_name_becomes_a_link(self, nasty):
+    text = nasty["table.md"]
     assert not re.search(r"(?<!\\)\]\(", text)
     assert "://" not in text
     assert "www." not in text
     assert "@" not in text
 
-  def test_no_cell_of_markdown_starts_a_formula(self, texts):
-    for table in markdown_tables(texts["table.md"]):
+  def test_no_cell_of_markdown_starts_a_formula(self, nasty):
+    for table in markdown_tables(nasty["table.md"]):
       for row in (table[0], *table[2:]):
         for cell in row:
           if cell[0] in "=+-@" and cell != "-":
             assert re.match(r"[+-][\d.]+($| \[)", cell)
 
-  def test_no_cell_of_csv_starts_a_formula(self, texts):
-    for row in csv.reader(io.StringIO(texts["table.csv"])):
+  def test_no_cell_of_csv_starts_a_formula(self, nasty):
+    for row in csv.reader(io.StringIO(nasty["table.csv"])):
       for cell in row:
         if cell[:1] in ("=", "+", "-", "@"):
           float(cell)
 
-  def test_no_name_is_a_command_of_latex(self, texts):
-    text = texts["table.tex"]
+  def test_no_name_is_a_command_of_latex(self, nasty):
+    text = nasty["table.tex"]
     body = "\n".join(line for line in text.split("\n") if line[:1] != "%")
     assert r"\input" not in body
     # Every special character is escaped, or is ours.
@@ -263,16 +264,16 @@ class TestNames:
     assert ours.count("{") == ours.count("}")
     assert ours.replace(r"$\pm$", "").count("$") == 0
 
-  def test_no_name_adds_a_cell_to_latex(self, texts):
-    text = texts["table.tex"]
+  def test_no_name_adds_a_cell_to_latex(self, nasty):
+    text = nasty["table.tex"]
     for block in re.findall(r"\\toprule\n(.*?)\\bottomrule", text, re.DOTALL):
       lines = [line for line in block.strip().split("\n") if "rule" not in line]
       cells = {len(re.split(r"(?<!\\)&", line)) for line in lines}
       assert len(cells) == 1
       assert all(line.endswith(r"\\") for line in lines)
 
-  def test_no_name_leaves_a_comment_of_latex(self, texts):
-    for line in texts["table.tex"].split("\n"):
+  def test_no_name_leaves_a_comment_of_latex(self, nasty):
+    for line in nasty["table.tex"].split("\n"):
       assert not line.startswith(("lines", "% two"))
 
 
