@@ -23,7 +23,7 @@ import numpy as np
 
 from kdseg import networks
 from kdseg.data import loading
-from kdseg.distill import objective
+from kdseg.distill import method as method_lib
 from kdseg.runtime import devices
 from kdseg.runtime import memory
 from kdseg.training import arms as arms_lib
@@ -104,7 +104,7 @@ def main() -> None:
     arrays, seed=0, batch_size=options.batch, steps=steps
   )
   student = networks.make_network(options.student, axis_name=devices.AXIS)
-  method = objective.Method(terms={"mbf": 1.0}, taps=TAPS)
+  method = method_lib.Method(terms={"mbf": 1.0}, taps=TAPS)
   image = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
   teacher_out = jax.eval_shape(teach, weights, image)
   distiller, inputs = arms_lib.make_distiller(

@@ -78,7 +78,7 @@ COMPARISON = {
   # The best on validation of the variant "why".
   "mbf_all_hidden": {**BAND, "mask_ratio": 1.0},
   "smoothing": {"segmentation": {"smoothed_bce": 1.0, "dice": 1.0}},
-  "shuffled": {**BAND, "answers": "shuffled"},
+  "shuffled": {**BAND, "teacher_out": "shuffled"},
   # The rivals.
   "dist": {"terms": {"dist": 1.0}},
   "at": {"terms": {"at": 1e4}, "taps": TAPS},

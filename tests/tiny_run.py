@@ -55,7 +55,7 @@ def make_config(data_dir, **changes):
       "none": {},
       "mbf": {"terms": {"mbf": 1.0}, "taps": ("low",), "generator": "1x1"},
       # Overflows in its first step.
-      "boom": {"terms": {"kd": 1e38}, "warmup": 0.0},
+      "boom": {"terms": {"kd": 1e38}, "distill_ramp": 0.0},
     },
     "students": {"patch_unet": {"widths": (2, 2, 2), "depths": (1, 1, 1)}},
     "arms": {"patch_unet": {"methods": ("none", "mbf", "boom"), "seeds": (0,)}},

@@ -265,10 +265,10 @@ class Distiller(nn.Module):
       {tap: [B, height, width, channels]}, what the last head made.
     """
     restored: dict[str, Array] = {}
-    deeper = None
-    for index, tap in enumerate(self.taps):
+    deeper: Array | None = None
+    for tap in self.taps:
       x = self.align(tap, features[tap], *grids[tap])
-      if self.topology == "multiscale" and index:
+      if self.topology == "multiscale" and deeper is not None:
         x = x + self.carry(tap, deeper, *grids[tap])
       for head in range(len(self._tap(tap).generator)):
         x = self.generate(tap, head, x)

@@ -14,10 +14,9 @@ from kdseg import networks
 from kdseg.data import augment as augment_lib
 from kdseg.data import sets
 from kdseg.distill import extensions as extensions_lib
-from kdseg.distill import objective
+from kdseg.distill import method as method_lib
 from kdseg.evaluation import evaluate
 from kdseg.experiment import workdir as workdir_lib
-from kdseg.losses import boundary
 from kdseg.runtime import devices
 from kdseg.runtime import names as names_lib
 from kdseg.training import settings
@@ -74,7 +73,7 @@ class ArmId:
 
 def check(
   config: ml_collections.ConfigDict, extensions: extensions_lib.Extensions
-) -> tuple[list[ArmId], dict[str, objective.Method]]:
+) -> tuple[list[ArmId], dict[str, method_lib.Method]]:
   """Returns every arm of a config, and its methods by name.
 
   Raises:
@@ -84,10 +83,10 @@ def check(
     _check_keys(config)
     _check_tests(config)
     settings.seeds_at_once(config.get("seeds_at_once", 0))
-    objective.check_segmentation(config.segmentation)
+    method_lib.check_segmentation(config.segmentation)
     arm_ids = list_arms(config)
     methods = {
-      name: objective.make_method(dict(options), extensions)
+      name: method_lib.make_method(dict(options), extensions)
       for name, options in config.methods.items()
     }
     _check_teachers(config)
@@ -210,16 +209,7 @@ def _check_names(
       f'teacher_out_tta is "{config.teacher_out_tta}": eight passes of the '
       "teacher a batch are only affordable with precompute_teacher"
     )
-  for key, mine, shipped in (
-    ("terms", extensions.terms, (*objective.TERMS, *objective.RESERVED)),
-    ("regions", extensions.regions, boundary.REGIONS),
-    ("students", extensions.students, networks.NETWORKS),
-  ):
-    taken = sorted(set(mine) & set(shipped))
-    if taken:
-      raise ValueError(
-        f'extensions.{key}: the name "{taken[0]}" is taken; choose another'
-      )
+  extensions.check_names()
   for key, size in (
     ("data.batch_size", config.data.batch_size),
     ("evaluation.batch_size", config.evaluation.batch_size),
@@ -242,11 +232,11 @@ def _check_names(
       raise ValueError(
         f'method "{name}" has terms, which need a teacher: set distil_from'
       )
-    shuffled = switches.get("answers", "own") == "shuffled"
+    shuffled = switches.get("teacher_out", "own") == "shuffled"
     if shuffled and config.data.batch_size // jax.device_count() < 2:
       raise ValueError(
-        f'method "{name}" shuffles answers, which takes two images a device: '
-        "raise data.batch_size"
+        f'method "{name}" shuffles the teacher\'s outputs, which takes two '
+        "images a device: raise data.batch_size"
       )
   for name in dict.fromkeys(arm_id.student for arm_id in arm_ids):
     # A table tells arms apart by "<student>-<method>", and teachers by name.
@@ -330,6 +320,6 @@ def make_student(
   return networks.make_network(name, axis_name=devices.AXIS, **options)
 
 
-def list_taps(methods: Iterable[objective.Method]) -> tuple[str, ...]:
+def list_taps(methods: Iterable[method_lib.Method]) -> tuple[str, ...]:
   """Returns the names of all features that the methods compare."""
   return tuple(sorted({tap for m in methods if m.needs_taps for tap in m.taps}))

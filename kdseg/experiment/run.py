@@ -18,7 +18,7 @@ import ml_collections
 
 from kdseg import networks
 from kdseg.distill import extensions as extensions_lib
-from kdseg.distill import objective
+from kdseg.distill import method as method_lib
 from kdseg.experiment import config as config_lib
 from kdseg.experiment import reporting
 from kdseg.experiment import scoring
@@ -124,7 +124,7 @@ def run(
 def _check_taps(
   config: ml_collections.ConfigDict,
   arm_ids: list[config_lib.ArmId],
-  methods: Mapping[str, objective.Method],
+  methods: Mapping[str, method_lib.Method],
   extensions: extensions_lib.Extensions,
 ) -> None:
   """Refuses methods that compare what a network does not have.

@@ -15,7 +15,7 @@ import numpy as np
 
 from kdseg.data import loading
 from kdseg.distill import extensions as extensions_lib
-from kdseg.distill import objective
+from kdseg.distill import method as method_lib
 from kdseg.experiment import config as config_lib
 from kdseg.experiment import splits
 from kdseg.experiment import teachers as teachers_lib
@@ -76,7 +76,7 @@ def train_students(
   data: splits.Data,
   log: workdir_lib.Log,
   arm_ids: list[config_lib.ArmId],
-  methods: Mapping[str, objective.Method],
+  methods: Mapping[str, method_lib.Method],
   teachers: Mapping[str, teachers_lib.Teacher],
   extensions: extensions_lib.Extensions,
   stop: preemption.Stop,
@@ -141,7 +141,7 @@ def make_spec(
   arm_id: config_lib.ArmId,
   config: ml_collections.ConfigDict,
   workdir: pathlib.Path,
-  methods: Mapping[str, objective.Method],
+  methods: Mapping[str, method_lib.Method],
   teacher_out: Mapping[str, jax.ShapeDtypeStruct],
   extensions: extensions_lib.Extensions,
 ) -> arms_lib.ArmSpec:
@@ -248,7 +248,7 @@ def _make_teaching(
   workdir: pathlib.Path,
   data: splits.Data,
   teacher: teachers_lib.Teacher | None,
-  methods: list[objective.Method],
+  methods: list[method_lib.Method],
   stop: preemption.Stop = preemption.never,
 ) -> Teaching:
   """Prepares what a group's methods need of the teacher, and no more.

@@ -189,9 +189,8 @@ def token_fit(
   count = masks.shape[-1]
   nothing = probe(jnp.zeros((1, 1, 1, teacher.shape[-1])))
   seen = masks * (probe(teacher) - nothing) + nothing
-  task = sum(
-    segmentation.bce(seen[..., token], labels) / count for token in range(count)
-  )
+  each = [segmentation.bce(seen[..., m], labels) / count for m in range(count)]
+  task = jnp.asarray(sum(each))
   overlap = jnp.einsum(
     "bijm,bijn->bmn", masks, masks, precision=jax.lax.Precision.HIGHEST
   )

@@ -155,7 +155,7 @@ def _roll_elsewhere(band: Array, rng: Array) -> Array:
 
   def roll(image: Array, key: Array) -> Array:
     down, right = jax.random.split(key)
-    shift = (offset(down, sides[0]), offset(right, sides[1]))
+    shift = jnp.stack([offset(down, sides[0]), offset(right, sides[1])])
     return jnp.roll(image, shift, (0, 1))
 
   return jax.vmap(roll)(band, rng_lib.per_image(rng, batch))

@@ -290,4 +290,4 @@ def ultralbm(
     ),
     _spatial_divergence(seen / temperature, wanted / temperature),
   )
-  return sum(weight * part for weight, part in zip(weights, parts))
+  return jnp.asarray(sum(w * part for w, part in zip(weights, parts)))

@@ -21,7 +21,7 @@ import numpy as np
 
 from kdseg import networks
 from kdseg.distill import layers as layers_lib
-from kdseg.distill import objective
+from kdseg.distill import method as method_lib
 from kdseg.runtime import devices
 from kdseg.training import settings
 from kdseg.training import state as state_lib
@@ -57,7 +57,9 @@ class ArmSpec:
   seed: int
   destination: pathlib.Path
   about: Mapping[str, Any]
-  method: objective.Method = dataclasses.field(default_factory=objective.Method)
+  method: method_lib.Method = dataclasses.field(
+    default_factory=method_lib.Method
+  )
   distiller: nn.Module | None = None
   distiller_inputs: tuple[Any, Any] = ((), ())
 
@@ -222,7 +224,7 @@ def make_arms(
         initialize=initializers[network],
         initialize_distiller=distillers[distiller],
         tx=tx,
-        terms=objective.balanced_names(spec.method),
+        terms=spec.method.balanced_names,
         keep_average=training.ema_decay > 0,
       )
       update = step_lib.make_train_step(
@@ -296,7 +298,7 @@ def check_taps(
 def make_distiller(
   student: nn.Module,
   teacher_out: Mapping[str, jax.ShapeDtypeStruct],
-  method: objective.Method,
+  method: method_lib.Method,
   *,
   size: int,
 ) -> tuple[nn.Module | None, tuple[Any, Any]]:
@@ -322,7 +324,7 @@ def make_distiller(
     lambda rng: student.init_with_output(rng, image)[0], jax.random.key(0)
   )
   check_taps(method.taps, out, teacher_out)
-  if not method.feature_terms:
+  if not method.aligns:
     return None, ((), ())
   module = layers_lib.Distiller(
     taps={tap: teacher_out[tap].shape[-1] for tap in method.taps},

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from kdseg.distill import method as method_lib
 from kdseg.distill import objective
 from kdseg.runtime import devices
 from kdseg.training import state as state_lib
@@ -60,7 +61,7 @@ def make_train_step(
   *,
   segmentation: Mapping[str, float],
   steps: int,
-  method: objective.Method | None = None,
+  method: method_lib.Method | None = None,
   distiller: nn.Module | None = None,
   teacher_std: Mapping[str, Any] | None = None,
   ema_decay: float = 0.0,
@@ -89,7 +90,7 @@ def make_train_step(
     network,
     segmentation=segmentation,
     steps=steps,
-    method=method or objective.Method(),
+    method=method or method_lib.Method(),
     distiller=distiller,
     teacher_std=teacher_std,
   )
@@ -138,7 +139,7 @@ def _make_loss(
   *,
   segmentation: Mapping[str, float],
   steps: int,
-  method: objective.Method,
+  method: method_lib.Method,
   distiller: nn.Module | None,
   teacher_std: Mapping[str, Any] | None,
 ) -> LossFn:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from kdseg.distill import layers
-from kdseg.losses import features
+from kdseg.losses import masking
+from kdseg.losses import mbf
 
 KEY = jax.random.key(0)
 TAPS = {"high": 6, "low": 4}
@@ -220,34 +221,39 @@ def test_every_parameter_learns_from_the_loss_that_it_is_for(topology):
   teacher = {
     tap: _normal(9, 2, *GRIDS[tap], channels) for tap, channels in TAPS.items()
   }
-  regions = [jnp.zeros((2, 32, 32)).at[:, 8:24, 8:24].set(1)] * 2
 
   def loss(params):
     bound = functools.partial(module.apply, {"params": params})
     aligned = {
       tap: bound(tap, STUDENT[tap], *GRIDS[tap], method="align") for tap in TAPS
     }
-    generate = functools.partial(bound, method="generate")
+
+    def heads(tap, count):
+      return [
+        mbf.Head(
+          jnp.ones((2, *GRIDS[tap])),
+          functools.partial(bound, tap, head, method="generate"),
+          masking.Hiding(0.5),
+        )
+        for head in range(count)
+      ]
+
     if topology != "multiscale":
-      losses = features.boundary_distillation(
-        aligned,
-        teacher,
-        regions,
-        KEY,
-        generate=generate,
-        mask_ratios=(0.5, 0.5),
-        topology=topology,
+      return sum(
+        jnp.sum(
+          mbf.m2bf(
+            aligned[tap], teacher[tap], heads(tap, 2), KEY, topology=topology
+          )
+        )
+        for tap in TAPS
       )
-      return sum(jnp.sum(value) for value in losses.values())
     return jnp.sum(
-      features.m2bf_multiscale(
+      mbf.m2bf_multiscale(
         list(aligned.values()),
         list(teacher.values()),
-        [jnp.ones((2, *GRIDS[tap])) for tap in TAPS],
+        [*heads("high", 1), *heads("low", 1)],
         KEY,
-        generate=[functools.partial(generate, tap, 0) for tap in TAPS],
         carry=[lambda x: bound("low", x, *GRIDS["low"], method="carry")],
-        mask_ratios=(0.5, 0.5),
       )
     )
 

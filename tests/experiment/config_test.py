@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import pytest
 
 from kdseg import networks
-from kdseg.distill import objective
+from kdseg.distill import method as method_lib
+from kdseg.distill import terms as terms_lib
 from kdseg.experiment import config as config_lib
 from kdseg.experiment import run
 from kdseg.experiment import workdir as workdir_lib
@@ -70,12 +71,13 @@ def test_every_name_in_it_exists(path, tmp_path):
 
 
 def test_terms_have_their_published_weights(path):
+  published = {term.name: term.weight for term in terms_lib.TERMS}
   for variant, config in variants(path).items():
     if variant == "why":  # There the weight is what is compared.
       continue
     for method in config.methods.values():
       for term, weight in method.get("terms", {}).items():
-        assert weight == objective.PUBLISHED_WEIGHTS[term]
+        assert weight == published[term]
 
 
 def test_a_variant_that_is_not_there_is_answered_with_those_that_are(path):
@@ -103,7 +105,7 @@ def test_nothing_of_it_is_shared_between_calls(path):
 
 def test_has_a_student_that_is_not_taught(path):
   config = load(path).get_config()
-  methods = {name: objective.make_method(dict(options))
+  methods = {name: method_lib.make_method(dict(options))
              for name, options in config.methods.items()}  # fmt: skip
   assert not methods["none"].terms
   for arm in config.arms.values():
@@ -128,7 +130,7 @@ def _check_taps(config):
   if not teachers:
     return wanted
   for arm_id in config_lib.list_arms(config):
-    method = objective.make_method(dict(config.methods[arm_id.method]))
+    method = method_lib.make_method(dict(config.methods[arm_id.method]))
     if method.needs_taps:
       wanted[arm_id.student, arm_id.method] = method
   teacher = teachers[0] if len(teachers) == 1 else ensemble.Ensemble(teachers)
@@ -149,9 +151,7 @@ def _check_taps(config):
     _, (features, _) = arms_lib.make_distiller(
       network, teacher_out, method, size=size
     )
-    assert set(features) == (
-      set(method.taps) if method.feature_terms else set()
-    )
+    assert set(features) == (set(method.taps) if method.aligns else set())
   return wanted
 
 

@@ -28,7 +28,7 @@ from kdseg import networks
 from kdseg.data import archives
 from kdseg.data import orientations
 from kdseg.distill import extensions as extensions_lib
-from kdseg.distill import objective
+from kdseg.distill import method as method_lib
 from kdseg.evaluation import evaluate
 from kdseg.experiment import config as config_lib
 from kdseg.experiment import reporting
@@ -265,9 +265,9 @@ def test_the_primary_family_is_written_down_with_what_chooses_in_it(
     ({"distil_from": ()}, 'method "mbf" has terms, which need a teacher'),
     (
       {"methods": {"none": {}, "mbf": {"terms": {"kd": 1.0},
-                                       "answers": "shuffled"}, "boom": {}},
+                                       "teacher_out": "shuffled"}, "boom": {}},
        "data": 4},
-      "shuffles answers, which takes two images a device",
+      "shuffles the teacher.s outputs, which takes two images a device",
     ),
     ({"seeds_at_once": -1}, "seeds_at_once must be 0 or more: -1"),
     ({"seeds_at_once": 2.0}, "a value is of another kind than it has to be"),
@@ -852,7 +852,7 @@ def test_a_taught_average_is_that_of_the_eight_orientations(joint, monkeypatch):
     name: teachers_lib.make_teacher(name, config, joint.workdir, data, log=None)
     for name in config.teachers
   }
-  method = objective.make_method({"terms": {"kd": 1.0}})
+  method = method_lib.make_method({"terms": {"kd": 1.0}})
   teaching = students._make_teaching(
     config,
     joint.workdir,
@@ -1152,5 +1152,5 @@ def test_a_method_that_needs_a_teacher_says_so(finished, data_dir):
       finished.workdir,
       data=None,
       teacher=None,
-      methods=[objective.make_method({"terms": {"kd": 1.0}})],
+      methods=[method_lib.make_method({"terms": {"kd": 1.0}})],
     )

@@ -10,6 +10,7 @@ import pytest
 from kdseg.losses import attention
 from kdseg.losses import features
 from kdseg.losses import logits as logit_losses
+from kdseg.losses import mbf
 from kdseg.losses import relations
 from kdseg.losses import segmentation
 
@@ -180,7 +181,7 @@ def _mgd(student, teacher, labels):
 
 def _mbf(student, teacher, labels):
   region = labels[:, ::2, ::2]
-  return features.mbf(student, teacher, region, KEY, generate=lambda x: x)
+  return mbf.mbf(student, teacher, region, KEY, generate=lambda x: x)
 
 
 def _maskd(student, teacher, labels):

@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from kdseg.data import loading
-from kdseg.distill import objective
+from kdseg.distill import method as method_lib
 from kdseg.runtime import checkpoint
 from kdseg.runtime import devices
 from kdseg.training import arms as arms_lib
@@ -108,7 +108,7 @@ def test_a_distiller_meets_the_teachers_grids_and_channels():
   module, (features, grids) = arms_lib.make_distiller(
     tiny.Network(3),
     shapes(low=(8, 5), high=(3, 7), s16=(2, 9)),
-    objective.Method(terms={"m2bf": 1.0}, heads=2, generator_width=4),
+    method_lib.Method(terms={"m2bf": 1.0}, heads=2, generator_width=4),
     size=tiny.SIDE,
   )
   assert module.taps == {"low": 5, "high": 7}
@@ -123,7 +123,7 @@ def test_a_distiller_meets_the_teachers_grids_and_channels():
 
 def test_logits_need_no_distiller():
   module, inputs = arms_lib.make_distiller(
-    tiny.Network(3), {}, objective.Method(terms={"kd": 1.0}), size=tiny.SIDE
+    tiny.Network(3), {}, method_lib.Method(terms={"kd": 1.0}), size=tiny.SIDE
   )
   assert module is None
   assert inputs == ((), ())
@@ -141,7 +141,7 @@ def test_logits_need_no_distiller():
   ],
 )
 def test_a_missing_tap_is_named_with_those_there_are(teacher_out, tap, message):
-  method = objective.Method(terms={"mbf": 1.0}, taps=(tap,))
+  method = method_lib.Method(terms={"mbf": 1.0}, taps=(tap,))
   with pytest.raises(ValueError, match=message):
     arms_lib.make_distiller(
       tiny.Network(3), teacher_out, method, size=tiny.SIDE
@@ -303,7 +303,7 @@ def test_arms_that_are_alike_share_the_programs_that_draw_them(
 
   monkeypatch.setattr(arms_lib.networks, "on_processor", noted)
   network = tiny.Network(2, axis_name=devices.AXIS)
-  method = objective.make_method(
+  method = method_lib.make_method(
     {"terms": {"mbf": 1.0}, "taps": ("low",), "generator": "1x1"}
   )
   distiller, inputs = arms_lib.make_distiller(
@@ -367,7 +367,7 @@ def test_seeds_at_once_are_what_they_are_one_by_one(tmp_path, lone_updates):
   weights = teacher.init(
     jax.random.key(9), jnp.zeros((1, tiny.SIDE, tiny.SIDE, 3))
   )
-  method = objective.make_method(
+  method = method_lib.make_method(
     {"terms": {"mbf": 1.0, "kd": 1.0}, "taps": ("low",), "generator": "1x1"}
   )
   distiller, inputs = arms_lib.make_distiller(

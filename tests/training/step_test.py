@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from kdseg.data import augment
-from kdseg.distill import objective
+from kdseg.distill import method as method_lib
 from kdseg.networks.students import patch_unet
 from kdseg.runtime import devices
 from kdseg.training import optimizer
@@ -22,8 +22,8 @@ BATCH = 8
 SEED = 11
 STEPS = 20
 DECAY = 0.9
-METHOD = objective.Method(
-  terms={"mbf": 1.0, "kd": 0.5}, calibration_steps=2, warmup=0.2
+METHOD = method_lib.Method(
+  terms={"mbf": 1.0, "kd": 0.5}, calibration_steps=2, distill_ramp=0.2
 )
 SEGMENTATION = {"bce": 1.0, "dice": 1.0}
 STUDENT = tiny.Network(3, axis_name=devices.AXIS)
@@ -54,7 +54,7 @@ def first_state(method=METHOD, network=STUDENT, tx=TX, seed=SEED, average=True):
     jax.random.key(0), jnp.zeros((1, tiny.SIDE, tiny.SIDE, 3))
   )
   params = {}
-  if method.feature_terms:
+  if method.aligns:
     _, params = tiny.make_distiller(method)
   return host(
     state_lib.make_state(
@@ -62,7 +62,7 @@ def first_state(method=METHOD, network=STUDENT, tx=TX, seed=SEED, average=True):
       params,
       tx,
       seed=seed,
-      terms=objective.balanced_names(method),
+      terms=method.balanced_names,
       keep_average=average,
     )
   )
@@ -79,7 +79,7 @@ def make_prepare():
 
 def make_train_step(method=METHOD, network=STUDENT, tx=TX, decay=DECAY):
   distiller = None
-  if method.feature_terms:
+  if method.aligns:
     distiller, _ = tiny.make_distiller(method)
   return step_lib.make_train_step(
     network,
@@ -348,7 +348,7 @@ def test_the_average_stops_at_its_decay():
 
 def test_nothing_is_taught_where_nothing_is_asked():
   # Without a teacher's outputs in the batch: reading one would raise.
-  method = objective.Method()
+  method = method_lib.Method()
   state = first_state(method, average=False)
   train_step = devices.parallel(
     make_train_step(method, decay=0.0), replicated=1, out_replicated=True
@@ -369,7 +369,9 @@ def test_nothing_is_taught_where_nothing_is_asked():
 
 
 def test_a_frozen_encoder_stays_while_the_rest_moves():
-  method = objective.Method(terms={"mbf": 1.0}, taps=("low",), warmup=0.0)
+  method = method_lib.Method(
+    terms={"mbf": 1.0}, taps=("low",), distill_ramp=0.0
+  )
   tx = optimizer.make_optimizer(
     name="adamw",
     schedule=optimizer.make_schedule(peak=0.1, steps=STEPS),
@@ -405,7 +407,7 @@ def test_half_precision_keeps_losses_parameters_and_statistics_whole():
     widths=(2, 2, 2), depths=(1, 1, 1), dtype=jnp.bfloat16,
     axis_name=devices.AXIS,
   )  # fmt: skip
-  method = objective.Method(terms={"kd": 1.0})
+  method = method_lib.Method(terms={"kd": 1.0})
   shapes = jax.eval_shape(
     network.init, jax.random.key(0), jnp.zeros((1, tiny.SIDE, tiny.SIDE, 3))
   )
