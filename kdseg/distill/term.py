@@ -15,7 +15,7 @@ from kdseg.losses import mbf
 from kdseg.runtime import rng as rng_lib
 
 Array = jax.Array
-# `distill.method.Method`, which is made of terms: importing it would be a circle.
+# `distill.method.Method`, which is made of terms and cannot be imported here.
 Method = Any
 
 LOGITS: Literal["logits"] = "logits"
