@@ -41,7 +41,7 @@ class PairBuilder(  # type: ignore[call-arg]  # tfds itself has no types
   there is lesion and 0 elsewhere, `id`, and what `extra_features` names.
   `info.metadata` says what was found of the official release.
 
-  A subclass sets `name`, `title` and `test_name` and implements `inventory`.
+  A subclass sets `name` and `test_name` and implements `inventory`.
 
   Attributes:
     name: what a config calls the data set.
@@ -52,6 +52,7 @@ class PairBuilder(  # type: ignore[call-arg]  # tfds itself has no types
     official_counts: by split, the pairs of that release; empty if whatever is
       found is the whole.
     terms_of_use: what it may be used for, as a model card says it.
+    how_split: what to tell a user who misses a split.
     description: for tfds, as `homepage`.
   """
 
@@ -60,11 +61,12 @@ class PairBuilder(  # type: ignore[call-arg]  # tfds itself has no types
   RELEASE_NOTES = {"1.0.0": "First release."}  # noqa: RUF012  (tfds reads it)
 
   name: str
-  title: str
+  title: str = "pictures of their maker's own"
   test_name: str
   official: bool = False
   official_counts: Mapping[str, int] = types.MappingProxyType({})
   terms_of_use: str = "under terms of their own"
+  how_split: str = ""
   description: str = ""
   homepage: str = ""
 
@@ -128,10 +130,6 @@ class PairBuilder(  # type: ignore[call-arg]  # tfds itself has no types
     """
     del manual_dir
     return ()
-
-  def describe_splits(self) -> str:
-    """Returns what to tell a reader who misses a split; "" for a release."""
-    return ""
 
   def options(self) -> dict[str, str]:
     """Returns the options that change the records, if not at their defaults.

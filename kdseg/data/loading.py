@@ -107,7 +107,7 @@ def load(
   if split not in builder.info.splits:
     raise DataError(
       f"{name} has no split {split!r}, only"
-      f" {', '.join(sorted(builder.info.splits))}.{builder.describe_splits()}"
+      f" {', '.join(sorted(builder.info.splits))}. {builder.how_split}".rstrip()
     )
   return _read(builder, split, size)
 

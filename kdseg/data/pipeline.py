@@ -4,12 +4,11 @@ Which examples a step sees is arithmetic on the step, so a resumed run needs no
 saved position and two arms of a comparison see the same batches.
 """
 
+import collections
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
-import queue
-import threading
-from typing import Any
+from concurrent import futures
 from typing import TypeVar
 
 import numpy as np
@@ -76,11 +75,6 @@ def shard_for_process(
   Raises:
     ValueError: if the batch cannot be divided evenly.
   """
-  if not 0 <= process_index < process_count:
-    raise ValueError(
-      f"process_index {process_index} is not below process_count"
-      f" {process_count}."
-    )
   if len(indices) % process_count:
     raise ValueError(
       f"a batch of {len(indices)} cannot be divided over {process_count}"
@@ -180,38 +174,18 @@ def prefetch(
   """
   if depth <= 0:
     raise ValueError(f"depth is {depth}; it must be above 0.")
-  results: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
-  stopped = threading.Event()
+  source = iter(items)
 
-  def offer(kind: str, value: Any) -> bool:
-    while not stopped.is_set():
-      try:
-        results.put((kind, value), timeout=0.1)
-        return True
-      except queue.Full:
-        continue
-    return False
+  def work() -> tuple[U] | None:
+    for item in source:
+      return (put(item),)
+    return None
 
-  def work() -> None:
-    try:
-      for item in items:
-        if not offer("item", put(item)):
-          return
-    except BaseException as error:
-      offer("error", error)
-    else:
-      offer("end", None)
-
-  thread = threading.Thread(target=work, name="kdseg-prefetch", daemon=True)
-  thread.start()
+  pool = futures.ThreadPoolExecutor(1, thread_name_prefix="kdseg-prefetch")
   try:
-    while True:
-      kind, value = results.get()
-      if kind == "end":
-        return
-      if kind == "error":
-        raise value
-      yield value
+    waiting = collections.deque(pool.submit(work) for _ in range(depth))
+    while (result := waiting.popleft().result()) is not None:
+      waiting.append(pool.submit(work))
+      yield result[0]
   finally:
-    stopped.set()
-    thread.join()
+    pool.shutdown(cancel_futures=True)

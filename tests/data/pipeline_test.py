@@ -90,8 +90,6 @@ def test_hosts_share_a_batch_without_overlap_in_order():
 def test_a_batch_that_hosts_cannot_share_is_refused():
   with pytest.raises(ValueError, match=r"batch of 10 .* 4 hosts"):
     pipeline.shard_for_process(np.arange(10), 0, 4)
-  with pytest.raises(ValueError, match="process_index 2"):
-    pipeline.shard_for_process(np.arange(10), 2, 2)
 
 
 # Batches.
@@ -168,7 +166,7 @@ def test_an_empty_evaluation_batch_is_refused():
 
 
 def _prefetch_threads() -> int:
-  return sum(t.name == "kdseg-prefetch" for t in threading.enumerate())
+  return sum(t.name.startswith("kdseg-prefetch") for t in threading.enumerate())
 
 
 def test_prefetch_keeps_order_and_applies_put_once():

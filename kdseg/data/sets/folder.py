@@ -41,8 +41,7 @@ class Folder(builder.PairBuilder):
   """tfds builder `folder`; splits as the folder has them, or by a hash."""
 
   name = test_name = "folder"
-  title = "pictures of its maker's own"
-  terms_of_use = "under terms of their own"
+  how_split = _HOW_SPLIT
   MANUAL_DOWNLOAD_INSTRUCTIONS = (
     "Pass a folder with images/ and masks/ (or train/, validation/ and test/"
     " with those inside) as manual_dir."
@@ -73,10 +72,6 @@ class Folder(builder.PairBuilder):
   def options_from(cls, manual_dir: pathlib.Path | None) -> dict[str, Any]:
     """See base class."""
     return {"directory": str(manual_dir) if manual_dir else ""}
-
-  def describe_splits(self) -> str:
-    """See base class."""
-    return f" {_HOW_SPLIT}"
 
   def inventory(
     self,
