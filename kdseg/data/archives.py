@@ -1,7 +1,7 @@
 """Reads files out of zip archives and folders, without unpacking them.
 
 An official download is a zip; a user may have unpacked it already. Both become
-a list of `File`, so that what is built on top never asks which one it was.
+a list of `File`, so that the callers do not tell one from the other.
 Members of an archive are read one by one into memory; nothing is extracted to
 disk.
 """
@@ -106,9 +106,8 @@ def list_files(path: str | os.PathLike[str]) -> tuple[File, ...]:
 def stamp(files: Iterable[File]) -> str:
   """Hashes the names and sizes of files, in any order, to 16 hex digits.
 
-  Equal for an archive and the folder it unpacks to; cheap, as nothing is read.
-  Made for releases, whose names say what is in the files: a file replaced by
-  another one of the same name and length goes unnoticed.
+  Equal for an archive and the folder it unpacks to. No file is read, so that a
+  file replaced by another one of the same name and length goes unnoticed.
   """
   digest = hashlib.sha256()
   for line in sorted(f"{file.name}\t{file.size}\n" for file in files):

@@ -22,8 +22,8 @@ _LUMA = (0.299, 0.587, 0.114)
 # Numbers an image draws: 7 for its geometry, 10 for its colours.
 _DRAWS = 17
 
-# A product, because some backends make one of a division by 255: so both
-# paths and both modes give the same bits, and 255 becomes 1.
+# A factor, because some backends turn a division by 255 into a product: both
+# paths, jitted or not, then give the same bits, and 255 gives 1.
 _BYTE = 1 / 255
 
 
@@ -90,10 +90,10 @@ def augment(
 ) -> tuple[Array, Array]:
   """Draws one random view of each image, its mask moved with it.
 
-  What lies outside the picture is its mirror image, in the mask too: a corner
-  turned black would look like a lesion, and an unmasked mirrored lesion would
-  teach that lesions are none. With all changes off this only converts,
-  exactly: the bytes over 255, the mask to float32.
+  Outside the picture lies its mirror image, in the mask too: black corners
+  would look like lesions, and a mirrored lesion without a mask would be learnt
+  as skin. With all changes off this only converts, exactly: the bytes over 255,
+  the mask to float32.
 
   Args:
     rng: one key, or one an image [B]. The draws of an image depend on its
@@ -129,7 +129,7 @@ def augment(
     mask = mask.astype(jnp.float32)
 
   if any(strengths[_COLOURS:]):
-    # Or the sum over an image, for its mean, resamples it a second time.
+    # Without the barrier the mean over an image resamples it a second time.
     image, mask = jax.lax.optimization_barrier((image, mask))
     colours = Colours(
       _colour_matrix(draws[:, 7:12], strengths),

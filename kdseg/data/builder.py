@@ -49,8 +49,8 @@ class PairBuilder(  # type: ignore[call-arg]  # tfds itself has no types
     test_name: what `scores.csv` calls its test split.
     official: whether it is a published release with a test split of its own,
       so that scores may be held against published ones.
-    official_counts: by split, the pairs of that release; empty if whatever is
-      found is the whole.
+    official_counts: by split, the pairs of that release; empty if the
+      files found are all there are.
     terms_of_use: what it may be used for, as a model card says it.
     how_split: what to tell a user who misses a split.
     description: for tfds, as `homepage`.

@@ -1,4 +1,4 @@
-"""Decodes images and masks, and refuses what would spoil a number."""
+"""Decodes images and masks; refuses pixels whose meaning is not certain."""
 
 import io
 import threading
@@ -54,8 +54,7 @@ def decode_mask(
   Args:
     content: the encoded mask; 1-bit, 8-bit, palette or 24-bit without colour.
     where: names the file in errors.
-    grey_masks: `"error"` or `"threshold"` (the official rule, > 128, applied
-      to whatever is there).
+    grey_masks: `"error"` or `"threshold"` (above 128, the official rule).
 
   Raises:
     DataError: if the mask is damaged, too large, coloured, or grey.
@@ -189,7 +188,7 @@ def open_image(content: bytes, where: str) -> Image.Image:
     where: what to call it in an error.
 
   Returns:
-    The image as Pillow has it, in whatever mode; EXIF is not applied.
+    The image in the mode that Pillow gives it; EXIF is not applied.
 
   Raises:
     DataError: if it is empty, damaged, too large or of an unknown kind.

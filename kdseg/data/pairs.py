@@ -28,8 +28,9 @@ class Pair:
     image: the image's file.
     mask: the mask's file.
     diagnosis: in the data set's own words; empty if not known.
-    upright: whether an image that EXIF turns is refused: its mask may be drawn
-      on either. The masks of the releases are drawn on the pixels as stored.
+    upright: whether to refuse an image that EXIF turns, as its mask may be
+      drawn on the pixels as stored or as shown. Those of the releases are
+      drawn on the pixels as stored.
   """
 
   id: str
@@ -49,8 +50,8 @@ class Inventory:
       comes from (one number for training and validation of ISIC-2016); the
       pairs of each split if left empty.
     excluded: ids found but kept out of training and validation.
-    problems: what forbids the use of the data set, one line each.
-    notes: what a reader should know and nothing forbids.
+    problems: one line for each reason not to use the data set.
+    notes: one line for each fact that a reader of results should know.
     stamp: hash of the names and sizes of the files; `archives.stamp` of the
       pairs' files if left empty.
   """
@@ -105,15 +106,7 @@ class Sorted(NamedTuple):
 def sort_by_id(
   files: Iterable[File], find_id: Callable[[File], str | None]
 ) -> Sorted:
-  """Sorts files by the id that `find_id` reads from each; None is a stranger.
-
-  Args:
-    files: as `archives.list_files` gives them.
-    find_id: returns the id of a file.
-
-  Returns:
-    The files of each id, and what is wrong with the rest.
-  """
+  """Sorts files by the id that `find_id` gives each; None makes a stranger."""
   found = Sorted({}, [], [])
   for file in files:
     id_ = find_id(file)
@@ -142,11 +135,7 @@ def id_in_name(pattern: re.Pattern[str]) -> Callable[[File], str | None]:
 def match(
   images: Mapping[str, File], masks: Mapping[str, File]
 ) -> tuple[tuple[Pair, ...], list[str], list[str]]:
-  """Pairs images and masks of one id.
-
-  Args:
-    images: by id.
-    masks: by id.
+  """Pairs images and masks, both by id.
 
   Returns:
     The pairs, sorted by id; a line that names the images without a mask, and
@@ -178,16 +167,13 @@ def match(
 def compare_with_release(
   kind: str, found: Mapping[str, File], ids: Iterable[str], release: str
 ) -> list[str]:
-  """Holds the files of a release that has to be whole against its ids.
+  """Returns a line for files that the release lacks, one for missing files.
 
   Args:
     kind: `"image"` or `"mask"`.
     found: files by id.
     ids: those of the release.
-    release: its name, with where to get it.
-
-  Returns:
-    A line for the ids too many and one for those missing, if there are any.
+    release: its name.
   """
   ids = set(ids)
   source = next(iter(found.values())).source if found else "the data set"

@@ -105,7 +105,8 @@ def prepare(
     options = {**builders[name].options_from(manual_dir), **options}
   builder = make_builder(name, data_dir=data_dir, builders=builders, **options)
   if is_prepared(builder):
-    _check_same_files(builder, manual_dir)
+    if manual_dir is not None:
+      _check_same_files(builder, manual_dir)
     return builder
   config = tfds.download.DownloadConfig(
     manual_dir=None if manual_dir is None else str(manual_dir),
@@ -115,7 +116,7 @@ def prepare(
     with files.writing(_data_root(data_dir)):
       builder.download_and_prepare(download_config=config)
   except DataError as error:
-    # Leaves out the thirty frames of tfds in between.
+    # Drops the thirty frames of tfds from the traceback.
     raise DataError(str(error)) from None
   except files.WriteError:
     raise
@@ -183,11 +184,9 @@ def _data_root(data_dir: Path | None) -> pathlib.Path:
 
 
 def _check_same_files(
-  builder: builder_lib.PairBuilder, manual_dir: pathlib.Path | None
+  builder: builder_lib.PairBuilder, manual_dir: pathlib.Path
 ) -> None:
   """Raises if the prepared records come from other files than these."""
-  if manual_dir is None:
-    return
   stamp = builder.inventory(manual_dir).stamp
   if stamp != read_metadata(builder)["stamp"]:
     raise DataError(

@@ -1,8 +1,8 @@
-"""Looks through a whole data set and says what a reader of results should know.
+"""Checks every file of a data set and lists all that is wrong or unusual.
 
-Where the builders stop at the first fault, this lists all of them, and adds
-what forbids nothing: sizes, empty masks, masks that touch the frame, and
-images that look alike within a split or across splits.
+Where the builders stop at the first problem, this lists all of them. It adds
+sizes, empty masks, masks that touch the frame, and images that look alike
+within a split or across splits, which forbid nothing.
 """
 
 from collections.abc import Mapping
@@ -101,8 +101,8 @@ def verify(
 
   Args:
     name: see `prepare.make_builder`.
-    manual_dir: the archives or the folder. Without it, what lies prepared in
-      `data_dir` is looked through instead.
+    manual_dir: the archives or the folder. Without it, the records prepared in
+      `data_dir` are checked instead.
     data_dir: see `prepare.make_builder`.
     builders: see `prepare.make_builder`.
     **options: see `prepare.make_builder`.
@@ -111,7 +111,7 @@ def verify(
     The report; nothing is written.
 
   Raises:
-    DataError: if there is nothing to look through.
+    DataError: if there are neither files nor records to check.
   """
   builder = prepare.make_builder(
     name, data_dir=data_dir, builders=builders, **options
@@ -253,7 +253,7 @@ def perceptual_hash(thumbs: np.ndarray) -> np.ndarray:
 
 
 def find_alike(thumbs: Mapping[str, np.ndarray]) -> tuple[Alike, ...]:
-  """Finds pairs of images that look alike, in whatever orientation.
+  """Finds pairs of images that look alike, in any of eight orientations.
 
   Args:
     thumbs: see `thumb`, by `split/id`.

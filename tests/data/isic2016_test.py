@@ -66,7 +66,7 @@ def test_archives_and_unpacked_folders_mix(tmp_path, isic):
     ]
 
 
-def test_pairs_match_by_id_whatever_their_order(tmp_path, isic):
+def test_pairs_match_by_id_in_any_order(tmp_path, isic):
   files = isic.files["train_mask"]
   isic.files["train_mask"] = dict(reversed(files.items()))
   for pair in _take(isic.write(tmp_path)).splits["train"]:

@@ -52,9 +52,9 @@ class Folder(builder.PairBuilder):
     """Makes the builder.
 
     Args:
-      directory: the folder; it names the prepared data, which are so kept
-        apart from those of another folder, or of this one before it changed.
-        Without it, the `manual_dir` of the download is read.
+      directory: the folder; `manual_dir` if empty. Its name and stamp name the
+        prepared records, which are thus kept apart from those of another
+        folder, or of this one before it changed.
       **kwargs: see `PairBuilder`.
     """
     self._directory = directory
