@@ -40,11 +40,14 @@ import peers as peers_lib
 import tqdm
 
 from kdseg import networks
-from kdseg.deploy import artefacts
 from kdseg.deploy import export
+from kdseg.deploy import formats
 from kdseg.deploy import models
+from kdseg.deploy import parity
 from kdseg.deploy import weights
 from kdseg.deploy.formats import jaxpr
+from kdseg.deploy.formats import litert
+from kdseg.deploy.formats import onnx
 from kdseg.runtime import files
 
 RUNTIMES = {"onnx": "ONNX Runtime", "litert": "LiteRT"}
@@ -90,8 +93,9 @@ def make_entries(model: models.Model, *, int8: bool) -> list[Entry]:
     ImportError: if a converter is not installed; names the extra.
     UnsupportedError: if it has an operation that a form lacks.
   """
-  golden = export.make_inputs(model.size)["golden"]
-  forms = export.make_forms(model, ("onnx", "litert"), golden, int8=int8)
+  golden = parity.make_inputs(model.size)["golden"]
+  written = [f for f in formats.FORMATS if f.name in RUNTIMES]
+  contents = export.make_contents(model, written, golden, int8=int8)
   return [
     Entry(
       name=model.name,
@@ -99,14 +103,11 @@ def make_entries(model: models.Model, *, int8: bool) -> list[Entry]:
       size=model.size,
       parameters=networks.count_parameters(model.variables),
       macs=networks.count_macs(model.network, size=model.size),
-      contents={
-        "onnx": forms[f"model{infix}.onnx"],
-        "litert": forms[f"model{infix}.tflite"],
-      },
+      contents={f.name: contents[f"model{infix}{f.suffix}"] for f in written},
       image=golden[:1],
     )
     for numbers, infix in (("fp32", ""), ("int8", ".int8"))
-    if f"model{infix}.onnx" in forms
+    if f"model{infix}.onnx" in contents
   ]
 
 
@@ -152,9 +153,9 @@ def make_call(
     ImportError: if the runtime is not installed; names the extra.
   """
   if runtime == "litert":
-    run, _, _ = artefacts.run_litert(content, threads)
+    run = litert.open_file(content, threads).run
     return lambda: run(image)
-  session = artefacts.open_onnx(content, threads)
+  session = onnx.open_session(content, threads)
   [given] = session.get_inputs()
   # The first answer: u2netp has seven, of which it is the mask.
   [answer, *_] = session.get_outputs()

@@ -2,6 +2,10 @@
 
   kdseg predict MODEL IMAGES... --out DIR
 
+for example
+
+  kdseg predict isic2016-student photo.jpg --out masks
+
 MODEL is a shipped model (isic2016-student), a file of weights, the folder of an
 arm in a workdir, or a file of `kdseg.deploy.export`; IMAGES are files, folders
 or patterns. Into DIR go masks/NAME.png at each image's own size (white where
@@ -13,7 +17,6 @@ then 130. Research software, not a medical device.
 
 from collections.abc import Iterator
 from collections.abc import Sequence
-import contextlib
 import csv
 import io
 import os
@@ -28,7 +31,6 @@ from PIL import Image
 from kdseg.data import archives
 from kdseg.deploy import models
 from kdseg.deploy import pictures
-from kdseg.deploy import segmenter
 from kdseg.deploy import weights
 from kdseg.report import cells
 from kdseg.report import overlays
@@ -45,17 +47,17 @@ COLUMNS = (
   "milliseconds",
   "error",
 )
-# In a folder of results: what it holds may be replaced.
+# Marks a folder of results, which may be replaced.
 _MARK = ".kdseg-predictions"
 _OVERLAY_SIDE = 1024  # pixels, the longer side at most
 
 
 class PlaceError(RuntimeError):
-  """Results would take the place of somebody's files."""
+  """Results would replace files of something else."""
 
 
 def confidence(probability: np.ndarray, mask: np.ndarray) -> float:
-  """Returns how sure the network is of its answer, in [.5, 1] at p > .5.
+  """Returns how sure the network is, in [.5, 1] at a threshold of .5.
 
   The mean probability of what it calls lesion; where it calls nothing lesion,
   the mean probability of skin. It is not calibrated.
@@ -89,19 +91,12 @@ def name_outputs(paths: Sequence[pathlib.Path]) -> list[str]:
 def _check_place(
   out: pathlib.Path, paths: Sequence[pathlib.Path], names: Sequence[str]
 ) -> None:
-  """Refuses to replace images that are read, and files of somebody else's.
+  """Refuses to replace images that are read, and files of something else.
 
   Raises:
     PlaceError: that names one.
   """
   ours = (out / _MARK).exists()
-  if not ours:
-    # What an earlier version of this command left has no mark.
-    with (
-      contextlib.suppress(OSError, UnicodeDecodeError),
-      open(out / "predictions.csv", encoding="utf-8") as file,
-    ):
-      ours = file.readline().strip() == ",".join(COLUMNS)
   inputs = {path.resolve() for path in paths}
   for folder in ("masks", "overlays"):
     for name in names:
@@ -114,12 +109,12 @@ def _check_place(
 
 
 def predict(
-  model: segmenter.Segmenter,
+  model: models.Segmenter,
   paths: Sequence[pathlib.Path],
   out: pathlib.Path,
   *,
   threshold: float,
-) -> Iterator[dict[str, object]]:
+) -> Iterator[dict[str, str | int]]:
   """Segments each image and yields its row, errors included.
 
   Args:
@@ -129,7 +124,7 @@ def predict(
     threshold: lesion where the probability is above.
 
   Raises:
-    PlaceError: if a file is in the way that is none of this command's.
+    PlaceError: if a file of something else is in the way.
     WriteError: if the disk is full or may not be written to.
   """
   names = name_outputs(paths)
@@ -139,13 +134,13 @@ def predict(
       (out / folder).mkdir(parents=True, exist_ok=True)
     (out / _MARK).touch()
   for path, name in zip(paths, names):
-    row: dict[str, object] = dict.fromkeys(COLUMNS, "")
+    row: dict[str, str | int] = dict.fromkeys(COLUMNS, "")
     row["file"] = str(path)
     try:
       image = pictures.read(path)
     except archives.DataError as error:
       for folder in ("masks", "overlays"):
-        # One of an earlier run must not pass for this one's.
+        # An earlier run's must not be taken for this one's.
         (out / folder / name).unlink(missing_ok=True)
       yield row | {"error": str(error)}
       continue
@@ -173,11 +168,61 @@ def predict(
 
 
 def _say(text: str, stream: TextIO) -> None:
-  """Prints; goes on in silence once nobody listens, as behind `| head`."""
+  """Prints, or does nothing once the reader has gone, as behind `| head`."""
   try:
-    print(text, file=stream, flush=True)
+    print(archives.shown(text), file=stream, flush=True)
   except BrokenPipeError:
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _run(
+  model: models.Segmenter,
+  paths: Sequence[pathlib.Path],
+  out: pathlib.Path,
+  threshold: float,
+) -> int:
+  """Segments images, writes predictions.csv, and prints a line an image.
+
+  Returns:
+    The command's exit code.
+  """
+  done = failed = 0
+  stopped = False
+  with files.writing(out):
+    out.mkdir(parents=True, exist_ok=True)
+  with (
+    files.whole(out / "predictions.csv") as raw,
+    io.TextIOWrapper(
+      raw,
+      newline="",
+      encoding="utf-8",
+      # File names need not be text.
+      errors="backslashreplace",
+    ) as file,
+  ):
+    writer = csv.DictWriter(file, COLUMNS)
+    writer.writeheader()
+    try:
+      for row in predict(model, paths, out, threshold=threshold):
+        writer.writerow({k: cells.safe(str(v)) for k, v in row.items()})
+        done += 1
+        if row["error"]:
+          failed += 1
+          _say(f"kdseg: {row['error']}", sys.stderr)
+        else:
+          _say(
+            f"{row['file']}: lesion on {float(row['area_share']):.1%} of the "
+            f"image, confidence {row['confidence']}",
+            sys.stdout,
+          )
+    except KeyboardInterrupt:
+      # The rows of the images that were segmented are kept.
+      stopped = True
+  _say(f"{done - failed} of {len(paths)} segmented; see {out}", sys.stdout)
+  if stopped:
+    print("kdseg: stopped by Ctrl-C", file=sys.stderr)
+    return 130
+  return 1 if failed else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -190,66 +235,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     "--threshold", type=float, help="lesion above it; the model's own if unset"
   )
   options = parser.parse_args(arguments)
+  threshold, out = options.threshold, pathlib.Path(options.out)
+  if threshold is not None and not 0.0 < threshold < 1.0:
+    parser.error(f"--threshold must be between 0 and 1: {threshold}")
   try:
     model = models.load(options.model)
-  except (ImportError, weights.WeightsError) as error:
+    # Compiles the network, so that the first image's time is like the others'.
+    model.predict(np.zeros((model.size, model.size, 3), np.uint8))
+    return _run(
+      model,
+      pictures.find(options.images),
+      out,
+      model.threshold if threshold is None else threshold,
+    )
+  except (
+    ImportError,
+    PlaceError,
+    files.WriteError,
+    weights.WeightsError,
+  ) as error:
     print(f"kdseg: {error}", file=sys.stderr)
-    return 2
-  threshold = options.threshold
-  if threshold is None:
-    threshold = model.threshold
-  elif not 0.0 < threshold < 1.0:
-    parser.error(f"--threshold must be between 0 and 1: {threshold}")
-  # Compiled before the first image, whose time would tell of nothing else.
-  model.predict(np.zeros((model.size, model.size, 3), np.uint8))
-  out = pathlib.Path(options.out)
-  paths = pictures.find(options.images)
-  done = failed = 0
-  stopped = False
-  try:
-    with files.writing(out):
-      out.mkdir(parents=True, exist_ok=True)
-    with (
-      files.whole(out / "predictions.csv") as raw,
-      io.TextIOWrapper(
-        raw,
-        newline="",
-        encoding="utf-8",
-        # File names need not be text.
-        errors="backslashreplace",
-      ) as file,
-    ):
-      writer = csv.DictWriter(file, COLUMNS)
-      writer.writeheader()
-      try:
-        for row in predict(model, paths, out, threshold=threshold):
-          writer.writerow({k: cells.safe(str(v)) for k, v in row.items()})
-          done += 1
-          if row["error"]:
-            failed += 1
-            _say(archives.shown(f"kdseg: {row['error']}"), sys.stderr)
-          else:
-            _say(
-              archives.shown(
-                f"{row['file']}: lesion on {float(row['area_share']):.1%} of "
-                f"the image, confidence {row['confidence']}"
-              ),
-              sys.stdout,
-            )
-      except KeyboardInterrupt:
-        # The rows of what was segmented are not lost.
-        stopped = True
-  except (PlaceError, files.WriteError) as error:
-    print(f"kdseg: {error}", file=sys.stderr)
-    return 2
   except OSError as error:
     print(f"kdseg: {out} cannot be written: {error}", file=sys.stderr)
-    return 2
-  _say(f"{done - failed} of {len(paths)} segmented; see {out}", sys.stdout)
-  if stopped:
-    print("kdseg: stopped by Ctrl-C", file=sys.stderr)
-    return 130
-  return 1 if failed else 0
+  return 2
 
 
 if __name__ == "__main__":

@@ -28,13 +28,6 @@ LINES_OF_A_FUNCTION = 60
 PARAMETERS = 8
 # What is larger, and why.
 LARGER = {
-  "deploy.export.export: lines": "",
-  "deploy.export.main: lines": "",
-  "deploy.export.make_card: lines": "",
-  "deploy.export: lines": "",
-  "deploy.formats.litert: lines": "",
-  "deploy.formats.onnx: lines": "",
-  "deploy.page.site.build: lines": "",
   "doctor.trial.try_step: lines": "",
   "experiment.config._check_names: lines": "",
   "experiment.estimate.estimate: lines": "",
@@ -48,7 +41,6 @@ LARGER = {
   "losses.boundary.region: lines": "",
   "networks.encoders.efficientnet_lite.EfficientNetLite.__call__: lines": "",
   "networks.encoders.vit_weights.load_vit_small: lines": "",
-  "predict.main: lines": "",
   "runtime.devices.parallel: lines": "",
   "runtime.preemption.on_signals: lines": "",
   "training.arms.make_arms: lines": "",

@@ -201,14 +201,12 @@ def test_what_is_read_is_not_replaced_even_among_results(
   assert "masks/a.png is there already" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("left", [".kdseg-predictions", "predictions.csv"])
-def test_what_a_run_left_that_was_killed_is_gone_on_from(
-  model, images, tmp_path, left
+def test_a_run_resumes_in_the_folder_of_one_that_was_killed(
+  model, images, tmp_path
 ):
   out = tmp_path / "out"
   run(model, images / "a.png", out=out)
-  for name in {".kdseg-predictions", "predictions.csv"} - {left}:
-    (out / name).unlink()
+  (out / "predictions.csv").unlink()
   assert run(model, images / "a.png", out=out)[0] == 0
 
 

@@ -1,11 +1,16 @@
-"""Scores every form of a network on test sets, file by file.
+"""Scores every file of an export on test sets.
 
   kdseg score DIR --manual-dir FOLDER [--tests isic2016 ph2]
 
+for example
+
+  kdseg score exported --manual-dir archives
+
 DIR was written by `kdseg.deploy.export`; FOLDER holds the official archives.
-Every form runs in its own runtime, on the images and with the metrics of a
-run. Writes scores.csv (a row an image and form, as in a workdir), SCORES.json
-and SCORES.md, and says how far each form's Dice is from that of the weights.
+Every file runs in its own runtime, on the images and with the metrics of a
+run. Writes scores.csv (a row an image and file, as in a workdir), SCORES.json
+and SCORES.md, and says how far the Dice of each file is from that of the
+weights.
 """
 
 from collections.abc import Mapping
@@ -20,9 +25,8 @@ import tqdm
 from kdseg.data import archives
 from kdseg.data import loading
 from kdseg.data import sets
-from kdseg.deploy import artefacts
+from kdseg.deploy import formats
 from kdseg.deploy import models
-from kdseg.deploy import segmenter
 from kdseg.deploy import weights
 from kdseg.evaluation import metrics
 from kdseg.report import scores
@@ -34,10 +38,10 @@ REFERENCE = "weights.safetensors"
 
 
 def find(folder: pathlib.Path) -> list[pathlib.Path]:
-  """Returns the forms in a folder, the weights first.
+  """Returns the networks in a folder, the weights first.
 
   Raises:
-    WeightsError: if the weights, which the others are held against, are not
+    WeightsError: if the weights, which the others are compared with, are not
       there.
   """
   if not (folder / REFERENCE).is_file():
@@ -45,36 +49,35 @@ def find(folder: pathlib.Path) -> list[pathlib.Path]:
       f"{folder} has no {REFERENCE}; write it with python -m "
       f"kdseg.deploy.export MODEL --out {folder}"
     )
+  suffixes = {format.suffix for format in formats.FORMATS}
   return [folder / REFERENCE] + [
-    path
-    for path in sorted(folder.iterdir())
-    if path.suffix in artefacts.SUFFIXES
+    path for path in sorted(folder.iterdir()) if path.suffix in suffixes
   ]
 
 
 def score(
-  model: segmenter.Segmenter, arrays: loading.Arrays, dataset: str, form: str
+  model: models.Segmenter, arrays: loading.Arrays, dataset: str, file: str
 ) -> list[scores.Row]:
-  """Returns a row an image, as a run writes them; the arm is the form.
+  """Returns a row an image, as a run writes them, with the file as the arm.
 
   Raises:
-    WeightsError: if a form answers with what is no probability.
+    WeightsError: if a probability is not finite.
   """
   rows = []
-  for i in tqdm.tqdm(range(len(arrays)), f"{form} on {dataset}"):
+  for i in tqdm.tqdm(range(len(arrays)), f"{file} on {dataset}"):
     [probability] = model.probabilities(arrays.image[i : i + 1])
     truth = arrays.native_mask(i)
     if not np.isfinite(probability).all():
       raise weights.WeightsError(
-        f"{form} gives what is no number for {arrays.ids[i]}"
+        f"{file} gives what is no number for {arrays.ids[i]}"
       )
-    # Rounding of an int8 form may pass 1 by a hair.
+    # Rounding of 8-bit weights may pass 1 by a hair.
     native = metrics.resize_probability(
       np.clip(probability, 0.0, 1.0), *truth.shape
     )
     rows.append(
       {
-        "arm": form,
+        "arm": file,
         "seed": 0,
         "dataset": dataset,
         "id": arrays.ids[i],
@@ -85,19 +88,19 @@ def score(
 
 
 def summarise(rows: Sequence[scores.Row]) -> dict[str, dict[str, Any]]:
-  """Returns means by data set and form, and how far from the weights'."""
+  """Returns means by data set and file, and how far from the weights'."""
   result: dict[str, dict[str, Any]] = {}
-  for (arm, _, dataset), members in scores.groups(rows).items():
-    result.setdefault(dataset, {})[arm] = {
+  for (file, _, dataset), members in scores.groups(rows).items():
+    result.setdefault(dataset, {})[file] = {
       "images": len(members),
       **{
         name: float(np.mean([row[name] for row in members]))
         for name in ("dice", "jaccard")
       },
     }
-  for forms in result.values():
-    for entry in forms.values():
-      entry["dice_change"] = entry["dice"] - forms[REFERENCE]["dice"]
+  for entries in result.values():
+    for entry in entries.values():
+      entry["dice_change"] = entry["dice"] - entries[REFERENCE]["dice"]
   return result
 
 
@@ -106,18 +109,63 @@ def make_table(
 ) -> str:
   """Returns the summary as Markdown."""
   lines = [
-    "| data set | form | images | Dice | Jaccard | Dice, less the weights' |",
+    "| data set | file | images | Dice | Jaccard | Dice, less the weights' |",
     "|---|---|---:|---:|---:|---:|",
   ]
   lines += [
-    f"| {dataset} | {form} | {entry['images']} | {entry['dice']:.4f} | "
+    f"| {dataset} | {file} | {entry['images']} | {entry['dice']:.4f} | "
     f"{entry['jaccard']:.4f} | {entry['dice_change']:+.5f} |"
-    for dataset, forms in summary.items()
-    for form, entry in forms.items()
+    for dataset, entries in summary.items()
+    for file, entry in entries.items()
   ]
   found = "; ".join(f"{name}: {share}" for name, share in coverage.items())
   lines += ["", f"Images found of those released: {found}.", ""]
   return "\n".join(lines)
+
+
+def score_folder(
+  folder: pathlib.Path,
+  tests: Sequence[str],
+  *,
+  data_dir: str | None = None,
+  manual_dir: str | None = None,
+) -> str:
+  """Scores the networks of an export, and writes the scores beside them.
+
+  Args:
+    folder: of the export.
+    tests: names of data sets.
+    data_dir: where prepared data sets lie.
+    manual_dir: folder of the official archives.
+
+  Returns:
+    What SCORES.md says.
+
+  Raises:
+    DataError: if a data set cannot be read.
+    ImportError: if the runtime of a file is not installed; names the extra.
+    WeightsError: if a file cannot be used.
+  """
+  paths = find(folder)
+  size = models.load_weights(paths[0]).size
+  rows: list[scores.Row] = []
+  coverage = {}
+  for name in tests:
+    arrays = loading.load(
+      name, "test", size=size, data_dir=data_dir, manual_dir=manual_dir
+    )
+    dataset = sets.BUILDERS[name].test_name
+    coverage[dataset] = arrays.coverage
+    for path in paths:
+      rows += score(models.load(path), arrays, dataset, path.name)
+  summary = summarise(rows)
+  table = make_table(summary, coverage)
+  scores.write(folder / "scores.csv", rows)
+  files.write_text(folder / "SCORES.md", table)
+  checkpoint.write_json(
+    folder / "SCORES.json", {"coverage": coverage, **summary}
+  )
+  return table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -133,30 +181,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
   parser.add_argument("--manual-dir", help="folder of the official archives")
   parser.add_argument("--data-dir", help="where prepared data sets lie")
   options = parser.parse_args(arguments)
-  folder = options.folder
-  rows: list[scores.Row] = []
-  coverage = {}
   try:
-    paths = find(folder)
-    size = models.load_weights(paths[0]).size
-    for name in options.tests:
-      arrays = loading.load(
-        name,
-        "test",
-        size=size,
-        data_dir=options.data_dir,
-        manual_dir=options.manual_dir,
-      )
-      dataset = sets.BUILDERS[name].test_name
-      coverage[dataset] = arrays.coverage
-      for path in paths:
-        rows += score(models.load(path), arrays, dataset, path.name)
-    summary = summarise(rows)
-    scores.write(folder / "scores.csv", rows)
-    table = make_table(summary, coverage)
-    files.write_text(folder / "SCORES.md", table)
-    checkpoint.write_json(
-      folder / "SCORES.json", {"coverage": coverage, **summary}
+    table = score_folder(
+      options.folder,
+      options.tests,
+      data_dir=options.data_dir,
+      manual_dir=options.manual_dir,
     )
   except (
     archives.DataError,

@@ -7,6 +7,7 @@ trained along are not among a student's weights, so they are not in the file.
 """
 
 from collections.abc import Mapping
+from collections.abc import Sequence
 import json
 import pathlib
 import sys
@@ -257,17 +258,17 @@ def _scored(workdir: pathlib.Path, arm: str, seed: int) -> dict[str, str]:
 def _interval(rows: list[scores.Row], metric: str) -> str:
   """Returns a mean and its 95 % interval over images."""
   found = statistics.interval_of_mean(
-    [row[metric] for row in rows], over="images"
+    [float(row[metric]) for row in rows], over="images"
   )
   if np.isnan(found.low):
     return f"{found.value:.4f}"
   return f"{found.value:.4f} [{found.low:.4f}, {found.high:.4f}]"
 
 
-def main(arguments: list[str] | None = None) -> None:
-  """Writes the file that the arguments name."""
+def main(arguments: Sequence[str] | None = None) -> int:
+  """Runs the command line; returns its exit code."""
   parser = commands.Parser("weights", __doc__)
-  parser.add_argument("workdir")
+  parser.add_argument("workdir", metavar="WORKDIR")
   parser.add_argument("--arm", required=True, help="as in scores.csv")
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--out", required=True, help="a .safetensors file")
@@ -276,11 +277,13 @@ def main(arguments: list[str] | None = None) -> None:
     variables, about = read_arm(options.workdir, options.arm, options.seed)
     save(options.out, variables, about)
   except (WeightsError, OSError) as error:
-    sys.exit(f"kdseg: {error}")
+    print(f"kdseg: {error}", file=sys.stderr)
+    return 1
   size = pathlib.Path(options.out).stat().st_size
   count = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
   print(f"{options.out}: {count:,} parameters, {size:,} bytes")
+  return 0
 
 
 if __name__ == "__main__":
-  main()
+  sys.exit(main())

@@ -1,22 +1,29 @@
-import dataclasses
+import io
 import json
 import pathlib
+import shutil
+import sys
 
 from jax import export as jax_export
 import numpy as np
 import pytest
 import tiny_model
 
-from kdseg.deploy import artefacts
 from kdseg.deploy import export
+from kdseg.deploy import formats as formats_lib
 from kdseg.deploy import models
+from kdseg.deploy import parity
 from kdseg.deploy import weights
+from kdseg.deploy.formats import record
+from kdseg.deploy.formats import stablehlo
 
-FULL = ("model.onnx", "model.tflite", "model.stablehlo")
+FORMATS = {format.name: format for format in formats_lib.FORMATS}
+FULL = [format.file for format in FORMATS.values()]
+INT8 = ["model.int8.onnx", "model.int8.tflite"]
 FILES = {
   "weights.safetensors",
   *FULL,
-  *export.INT8,
+  *INT8,
   "preprocess.json",
   "golden.npz",
   "PARITY.json",
@@ -27,7 +34,8 @@ FILES = {
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
   path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
-  return models.load_weights(tiny_model.write(path, arm="tiny-none", seed=4))
+  about = {"arm": "tiny-none", "seed": 4, "threshold": 0.4}
+  return models.load_weights(tiny_model.write(path, **about))
 
 
 @pytest.fixture(scope="module")
@@ -43,70 +51,94 @@ def test_leaves_every_file_that_is_promised(folder):
 
 @pytest.mark.parametrize("name", ["weights.safetensors", *FULL])
 @pytest.mark.parametrize("kind", ["golden", "random"])
-def test_every_file_gives_the_golden_answers(folder, name, kind):
+def test_every_file_gives_the_golden_outputs(folder, name, kind):
   with np.load(folder / "golden.npz") as golden:
     x, expected = golden[f"{kind}_input"], golden[f"{kind}_output"]
-  form = models.load(folder / name)
-  np.testing.assert_allclose(form.probabilities(x), expected, atol=1e-5)
-  # One image is as good as four, before and after.
-  np.testing.assert_allclose(form.probabilities(x[:1]), expected[:1], atol=1e-5)
-  np.testing.assert_allclose(form.probabilities(x), expected, atol=1e-5)
+  loaded = models.load(folder / name)
+  # Batches of four, of one, and of four again.
+  for count in (4, 1, 4):
+    np.testing.assert_allclose(
+      loaded.probabilities(x[:count]), expected[:count], atol=1e-5
+    )
   assert expected.std() > 1e-3
 
 
-@pytest.mark.parametrize("name", export.INT8)
-def test_an_int8_form_is_near_and_its_distance_is_told(folder, name):
+@pytest.mark.parametrize("name", INT8)
+def test_int8_weights_are_near_and_their_distance_is_stated(
+  model, folder, name
+):
   with np.load(folder / "golden.npz") as golden:
     x, expected = golden["golden_input"], golden["golden_output"]
-  answer = models.load(folder / name).probabilities(x)
-  distance = np.abs(answer - expected).max()
+  output = models.load(folder / name).probabilities(x)
+  distance = np.abs(output - expected).max()
   assert distance > 0
-  assert np.abs(answer - expected).mean() < 0.1
-  told = json.loads((folder / "PARITY.json").read_text())[name]
-  assert told["largest_difference"]["golden"] == pytest.approx(distance)
-  assert told["changed_pixels"] == np.mean((answer > 0.5) != (expected > 0.5))
+  assert np.abs(output - expected).mean() < 0.1
+  stated = json.loads((folder / "PARITY.json").read_text())[name]
+  assert stated["largest_difference"]["golden"] == pytest.approx(distance)
+  changed = (output > model.threshold) != (expected > model.threshold)
+  assert stated["changed_pixels"] == np.mean(changed)
 
 
-@pytest.mark.parametrize("name", [*FULL, *export.INT8])
-def test_a_file_knows_its_size_and_its_threshold(model, folder, name):
-  form = models.load(folder / name)
-  assert (form.size, form.threshold) == (model.size, model.threshold)
+@pytest.mark.parametrize("name", ["weights.safetensors", *FULL, *INT8])
+def test_a_file_knows_its_size_and_its_threshold(folder, name):
+  loaded = models.load(folder / name)
+  assert (loaded.size, loaded.threshold) == (tiny_model.SIZE, 0.4)
 
 
-def test_forms_can_be_left_out_and_old_ones_do_not_stay(model, tmp_path):
-  export.export(model, tmp_path, forms=["litert", "stablehlo"])
-  left = {path.name for path in tmp_path.iterdir()}
-  assert left == FILES - {"model.onnx", "model.int8.onnx"}
+def test_a_format_is_added_by_one_record(model, tmp_path):
+  def write(function, size, about):
+    stream = io.BytesIO()
+    program = stablehlo.write(function, size, about)
+    np.savez(stream, program=np.frombuffer(program, np.uint8))
+    return stream.getvalue()
+
+  def open_file(content, threads):
+    with np.load(io.BytesIO(content)) as file:
+      return stablehlo.open_file(file["program"].tobytes(), threads)
+
+  npz = record.Format(
+    "npz", ".npz", "export", write, open_file, lambda content, images: content
+  )
+  stated = export.export(model, tmp_path, formats=[npz])
+  assert stated["model.npz"]["bytes"] == (tmp_path / "model.npz").stat().st_size
+  assert stated["model.int8.npz"]["changed_pixels"] == 0
+  assert "model.npz" in (tmp_path / "README.md").read_text()
+  loaded = models.load_exported(tmp_path / "model.npz", [npz])
+  image = parity.make_inputs(model.size)["golden"]
+  np.testing.assert_allclose(
+    loaded.probabilities(image), model.probabilities(image), atol=1e-6
+  )
+  # Replaced by an export that leaves it out.
+  export.export(model, tmp_path, formats=[npz._replace(quantize=None)])
+  assert not (tmp_path / "model.int8.npz").exists()
+
+
+def test_formats_that_are_left_out_and_old_scores_do_not_stay(
+  model, folder, tmp_path
+):
+  out = tmp_path / "out"
+  shutil.copytree(folder, out)
   for name in ("SCORES.json", "SCORES.md", "scores.csv"):
-    (tmp_path / name).write_text("of the forms before")
-  export.export(model, tmp_path, forms=["stablehlo"])
-  left = {path.name for path in tmp_path.iterdir()}
-  assert left == FILES - {"model.onnx", "model.tflite", *export.INT8}
+    (out / name).write_text("of the files before")
+  export.export(model, out, formats=[FORMATS["stablehlo"]])
+  left = {path.name for path in out.iterdir()}
+  assert left == FILES - {"model.onnx", "model.tflite", *INT8}
 
 
 def test_a_folder_of_something_else_keeps_its_files(model, tmp_path):
   (tmp_path / "scores.csv").write_text("of a run")
   with pytest.raises(export.PlaceError, match=r"holds scores\.csv and is no"):
-    export.export(model, tmp_path, forms=["stablehlo"])
+    export.export(model, tmp_path, formats=[])
   assert (tmp_path / "scores.csv").read_text() == "of a run"
-  export.export(model, tmp_path, forms=["stablehlo"], force=True)
+  export.export(model, tmp_path, formats=[], force=True)
   assert not (tmp_path / "scores.csv").exists()
 
 
-def test_no_form_says_where_its_maker_keeps_the_sources(folder):
+def test_no_file_says_where_its_maker_keeps_the_sources(folder):
   root = str(pathlib.Path(export.__file__).parents[2]).encode()
   for path in folder.iterdir():
     assert root not in path.read_bytes(), path.name
     assert b"site-packages" not in path.read_bytes(), path.name
-
-
-def test_a_threshold_is_kept_by_every_form(model, tmp_path):
-  odd = dataclasses.replace(
-    model, threshold=0.25, about={**model.about, "threshold": 0.25}
-  )
-  export.export(odd, tmp_path)
-  for name in ("weights.safetensors", *FULL, *export.INT8):
-    assert models.load(tmp_path / name).threshold == 0.25, name
 
 
 def test_a_network_of_somebody_else_is_refused(tmp_path):
@@ -126,24 +158,18 @@ def test_a_network_of_somebody_else_is_refused(tmp_path):
     models.load(path)
 
 
-def test_an_unknown_form_is_named(model, tmp_path):
-  with pytest.raises(ValueError, match="onxx"):
-    export.export(model, tmp_path / "out", forms=["onxx"])
-
-
-@pytest.mark.parametrize("suffix", artefacts.SUFFIXES)
-def test_a_damaged_file_is_named(folder, tmp_path, suffix):
-  content = (folder / f"model{suffix}").read_bytes()
-  path = tmp_path / f"cut{suffix}"
+@pytest.mark.parametrize("name", FULL)
+def test_a_damaged_file_is_named(folder, tmp_path, name):
+  content = (folder / name).read_bytes()
+  path = tmp_path / name
   path.write_bytes(content[: len(content) // 3])
-  with pytest.raises(weights.WeightsError, match=f"cut{suffix} cannot be"):
+  with pytest.raises(weights.WeightsError, match=f"{name} cannot be opened"):
     models.load(path)
 
 
-@pytest.mark.parametrize("suffix", artefacts.SUFFIXES)
-def test_a_file_that_is_not_there_is_named(tmp_path, suffix):
+def test_a_file_that_is_not_there_is_named(tmp_path):
   with pytest.raises(weights.WeightsError, match="No such file"):
-    models.load(tmp_path / f"gone{suffix}")
+    models.load(tmp_path / "gone.onnx")
 
 
 @pytest.mark.parametrize(
@@ -154,8 +180,8 @@ def test_a_file_that_is_not_there_is_named(tmp_path, suffix):
     ((2.0, 2.1), "smaller and as fast as it here"),
   ],
 )
-def test_the_verdict_on_an_int8_form_is_plain(times, said):
-  parity = {
+def test_the_verdict_on_int8_weights_is_plain(times, said):
+  entries = {
     "model.onnx": {"bytes": 100, "milliseconds": times[0]},
     "model.int8.onnx": {
       "bytes": 40,
@@ -163,18 +189,18 @@ def test_the_verdict_on_an_int8_form_is_plain(times, said):
       "changed_pixels": 0.0125,
     },
   }
-  verdict = export.describe_int8("model.int8.onnx", parity)
+  verdict = parity.describe_int8("model.int8.onnx", entries)
   assert verdict.startswith(said)
-  assert "40% of the bytes" in verdict
+  assert "40% of the bytes of model.onnx" in verdict
   assert "1.25%" in verdict
 
 
 def test_the_distances_are_those_that_were_measured(folder):
-  record = json.loads((folder / "PARITY.json").read_text())
+  stated = json.loads((folder / "PARITY.json").read_text())
   for name in FULL:
-    assert record[name]["bytes"] == (folder / name).stat().st_size
-    assert max(record[name]["largest_difference"].values()) <= 1e-5
-  assert record["tolerance"] == 1e-4
+    assert stated[name]["bytes"] == (folder / name).stat().st_size
+    assert max(stated[name]["largest_difference"].values()) <= 1e-5
+  assert stated["tolerance"] == 1e-4
 
 
 def test_the_card_says_what_it_is_and_what_it_is_not(folder):
@@ -183,28 +209,20 @@ def test_the_card_says_what_it_is_and_what_it_is_not(folder):
     assert text in card
 
 
-@pytest.mark.parametrize(
-  ("name", "stray"), [("tflite", 2e-4), ("onnx", np.nan)]
-)
-def test_a_form_that_strays_is_not_written(
-  model, tmp_path, monkeypatch, name, stray
-):
-  open_content = artefacts.open_content
+@pytest.mark.parametrize("stray", [2e-4, np.nan])
+def test_a_file_that_strays_is_not_written(model, tmp_path, stray):
+  def open_astray(content, threads):
+    opened = stablehlo.open_file(content, threads)
+    return opened._replace(run=lambda x: opened.run(x) + np.float32(stray))
 
-  def open_astray(file, content, **options):
-    run, *rest = open_content(file, content, **options)
-    if file != f"model.{name}":
-      return run, *rest
-    return lambda x: run(x) + np.float32(stray), *rest
-
-  monkeypatch.setattr(artefacts, "open_content", open_astray)
-  with pytest.raises(export.ParityError, match=rf"model\.{name} is .* away"):
-    export.export(model, tmp_path / "out")
+  astray = FORMATS["stablehlo"]._replace(open=open_astray)
+  with pytest.raises(parity.ParityError, match=r"model\.stablehlo is .* away"):
+    export.export(model, tmp_path / "out", formats=[astray])
   assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-  ("package", "form", "extra"),
+  ("package", "name", "extra"),
   [
     ("onnx", "onnx", "export"),
     ("onnxruntime", "onnx", "export"),
@@ -213,14 +231,14 @@ def test_a_form_that_strays_is_not_written(
   ],
 )
 def test_a_missing_package_names_its_extra(
-  model, tmp_path, monkeypatch, package, form, extra
+  model, tmp_path, monkeypatch, package, name, extra
 ):
-  for name in list(export.sys.modules):
-    if name.partition(".")[0] == package:
-      monkeypatch.delitem(export.sys.modules, name)
-  monkeypatch.setitem(export.sys.modules, package, None)
+  for module in list(sys.modules):
+    if module.partition(".")[0] == package:
+      monkeypatch.delitem(sys.modules, module)
+  monkeypatch.setitem(sys.modules, package, None)
   with pytest.raises(ImportError, match=rf"pip install 'kdseg\[{extra}\]'"):
-    export.export(model, tmp_path / "out", forms=[form])
+    export.export(model, tmp_path / "out", formats=[FORMATS[name]])
   assert not (tmp_path / "out").exists()
 
 
@@ -232,16 +250,17 @@ def test_without_flatbuffers_the_error_names_its_extra(
     raise ModuleNotFoundError("flatbuffers")
 
   monkeypatch.setattr(jax_export.Exported, "serialize", serialize)
-  with pytest.raises(ImportError, match=r"pip install 'kdseg\[export\]'"):
-    export.export(model, tmp_path / "out", forms=["stablehlo"])
+  with pytest.raises(ImportError, match=r"flatbuffers: pip install 'kdseg\["):
+    export.export(model, tmp_path / "out", formats=[FORMATS["stablehlo"]])
 
 
-def test_the_command_says_how_far_each_form_is(tmp_path, capsys):
+def test_the_command_says_how_far_each_file_is(tmp_path, capsys):
   path = tiny_model.write(tmp_path / "a.safetensors")
-  assert export.main([str(path), "--out", str(tmp_path / "out")]) == 0
+  out = str(tmp_path / "out")
+  assert export.main([str(path), "--out", out, "--formats", "litert"]) == 0
   printed = capsys.readouterr().out
-  assert printed.count("from JAX") == 5
-  assert printed.count("change sides") == 2
+  assert printed.count("from JAX") == 2
+  assert printed.count("change sides") == 1
   assert (tmp_path / "out" / "PARITY.json").exists()
 
 

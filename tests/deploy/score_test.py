@@ -7,6 +7,7 @@ import tiny_model
 
 from kdseg.data import loading
 from kdseg.deploy import export
+from kdseg.deploy import formats
 from kdseg.deploy import models
 from kdseg.deploy import score
 from kdseg.deploy import weights
@@ -16,8 +17,9 @@ from kdseg.deploy import weights
 def folder(tmp_path_factory):
   out = tmp_path_factory.mktemp("export")
   path = tiny_model.write(out / "tiny.safetensors")
-  export.export(models.load_weights(path), out / "forms", forms=["stablehlo"])
-  return out / "forms"
+  [stablehlo] = [f for f in formats.FORMATS if f.name == "stablehlo"]
+  export.export(models.load_weights(path), out / "export", formats=[stablehlo])
+  return out / "export"
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +34,14 @@ def scored(folder, data_dir):
   return folder
 
 
-def test_every_form_is_scored_on_every_image(scored, data_dir):
+def test_every_file_is_scored_on_every_image(scored, data_dir):
   arrays = loading.load(
     "synthetic", "test", size=tiny_model.SIZE, data_dir=data_dir
   )
   with (scored / "scores.csv").open(newline="") as file:
     rows = list(csv.DictReader(file))
-  for form in ("weights.safetensors", "model.stablehlo"):
-    ids = [row["id"] for row in rows if row["arm"] == form]
+  for file in ("weights.safetensors", "model.stablehlo"):
+    ids = [row["id"] for row in rows if row["arm"] == file]
     assert sorted(ids) == sorted(arrays.ids)
 
 
@@ -47,15 +49,15 @@ def test_the_summary_is_the_mean_over_images_and_its_change(scored):
   summary = json.loads((scored / "SCORES.json").read_text())["synthetic_test"]
   with (scored / "scores.csv").open(newline="") as file:
     rows = list(csv.DictReader(file))
-  for form, entry in summary.items():
-    dice = np.mean([float(row["dice"]) for row in rows if row["arm"] == form])
+  for file, entry in summary.items():
+    dice = np.mean([float(row["dice"]) for row in rows if row["arm"] == file])
     assert entry["dice"] == pytest.approx(dice)
   change = summary["model.stablehlo"]["dice_change"]
   assert abs(change) < 1e-3
   assert "model.stablehlo" in (scored / "SCORES.md").read_text()
 
 
-def test_a_form_that_answers_otherwise_scores_otherwise(data_dir):
+def test_other_probabilities_have_other_scores(data_dir):
   arrays = loading.load(
     "synthetic", "test", size=tiny_model.SIZE, data_dir=data_dir
   )

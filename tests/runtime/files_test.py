@@ -119,7 +119,7 @@ def write_export(folder, seed):
     threshold=about["threshold"],
     about=about,
   )
-  export.export(model, folder / "out", forms=())
+  export.export(model, folder / "out", formats=())
   return folder / "out"
 
 

@@ -1,29 +1,31 @@
-"""Reads a network's program, a jaxpr, on behalf of those that write graphs.
+"""Walks a network's jaxpr on behalf of the writers of graphs (ONNX, LiteRT).
 
-What depends on weights alone is computed here, calls are entered, and each
-operation that is left goes to the writer's method of its name.
+Everything that does not depend on the format is here: operations on weights
+alone are computed, calls are entered, a BatchNorm is folded into the
+convolution before it, and operations that a format does not have are refused.
 """
 
 import collections
 from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import Sequence
-import contextlib
+import dataclasses
 from typing import Any
+from typing import Generic
+from typing import NamedTuple
+from typing import TypeVar
 from unittest import mock
 
 import jax
 import numpy as np
 
-# Of the batch while a program is read: a side that no network has.
+# Stands for the batch size while a program is traced: no network has this side.
 BATCH = 7919
-# Calls that are nothing but the program within.
+# Calls that only wrap another program.
 _CALLS = frozenset(
-  {
-    "jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2",
-    "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr",
-  }
-)  # fmt: skip
-# What may be done to a constant that is narrower than it says.
+  {"jit", "pjit", "closed_call", "remat2", "custom_jvp_call", "custom_vjp_call"}
+)
+# Operations that may take a constant that is narrower than its program says.
 _ELEMENTWISE = frozenset(
   {
     "add", "sub", "mul", "div", "max", "min", "neg", "rsqrt", "sqrt", "exp",
@@ -35,32 +37,54 @@ TO_NCHW = (0, 3, 1, 2)
 
 
 class Narrow(np.ndarray):
-  """A constant with a side of 1 where the program has the batch."""
+  """A constant whose first side is 1 where the program has the batch."""
 
 
 class UnsupportedError(NotImplementedError):
-  """An operation of the program that a format has no form for here."""
+  """An operation of the program that a writer cannot write."""
+
+
+@dataclasses.dataclass
+class Value:
+  """A tensor of the graph; a writer's subclass adds how the graph names it.
+
+  Attributes:
+    shape: as JAX has it.
+    convolution: index of the convolution that made it, as long as nothing else
+      reads it, so that a norm behind it may change the convolution's weights.
+    narrow: the value that this one repeats along its sides of 1.
+  """
+
+  shape: tuple[int, ...]
+  convolution: int | None = dataclasses.field(default=None, kw_only=True)
+  narrow: Any = dataclasses.field(default=None, kw_only=True)
+
+
+V = TypeVar("V", bound=Value)
+
+
+class Window(NamedTuple):
+  """A pooling window over the two sides of a map, in cells."""
+
+  sides: tuple[int, int]
+  strides: tuple[int, int]
+  padding: tuple[tuple[int, int], tuple[int, int]]
 
 
 def trace(
   function: Callable[[jax.Array], jax.Array], shape: Sequence[int], dtype: Any
 ) -> Any:
   """Returns the closed jaxpr of a function of [BATCH, *shape]."""
-  given = jax.ShapeDtypeStruct((BATCH, *shape), dtype)
-  with _portable():
-    # A new function: a program traced before for this CPU is no use here.
-    return jax.make_jaxpr(lambda x: function(x))(given)
-
-
-@contextlib.contextmanager
-def _portable() -> Any:
-  """Lets layers choose the form they have for every backend but the CPU."""
+  image = jax.ShapeDtypeStruct((BATCH, *shape), dtype)
+  # Layers have a faster implementation for the CPU; graphs need the portable
+  # one.
   with mock.patch.object(jax, "default_backend", return_value="portable"):
-    yield
+    # The lambda is new, so that JAX does not reuse a trace made for the CPU.
+    return jax.make_jaxpr(lambda x: function(x))(image)
 
 
-def check_convolution(params: Any, kernel: Any) -> None:
-  """Refuses what is no convolution of [B, H, W, C] with constant weights.
+def check_convolution(params: Mapping[str, Any], kernel: Any) -> None:
+  """Refuses anything but a convolution of [B, H, W, C] with constant weights.
 
   Raises:
     UnsupportedError: on any other.
@@ -77,24 +101,29 @@ def check_convolution(params: Any, kernel: Any) -> None:
     raise UnsupportedError(f"a convolution with {numbers}")
 
 
-def check_pooling(params: Any) -> None:
-  """Refuses what does not pool over the two sides of [B, H, W, C].
+def read_window(params: Mapping[str, Any]) -> Window:
+  """Returns the window of a pooling over the two sides of [B, H, W, C].
 
   Raises:
-    UnsupportedError: on any other.
+    UnsupportedError: if it also pools over images or channels, or is dilated.
   """
-  window, padding = params["window_dimensions"], params["padding"]
+  sides, strides = params["window_dimensions"], params["window_strides"]
+  padding = [(int(low), int(high)) for low, high in params["padding"]]
   plain = (
-    len(window) == 4
+    len(sides) == 4
     and set(params["base_dilation"]) | set(params["window_dilation"]) == {1}
     and all(
-      window[axis] == params["window_strides"][axis] == 1
-      and tuple(padding[axis]) == (0, 0)
+      sides[axis] == strides[axis] == 1 and padding[axis] == (0, 0)
       for axis in (0, 3)
     )
   )
   if not plain:
-    raise UnsupportedError(f"pooling over {window}")
+    raise UnsupportedError(f"pooling over {sides}")
+  return Window(
+    (int(sides[1]), int(sides[2])),
+    (int(strides[1]), int(strides[2])),
+    (padding[1], padding[2]),
+  )
 
 
 def is_zero(operand: Any) -> bool:
@@ -105,39 +134,40 @@ def is_zero(operand: Any) -> bool:
 
 
 def per_channel(constant: np.ndarray, channels: int) -> np.ndarray | None:
-  """Returns [channels] numbers, if a constant has one a channel or one."""
+  """Returns [channels] numbers if a constant has one, or one a channel."""
   fits = constant.size in (1, channels) and (
     constant.ndim == 0 or constant.shape[-1] == constant.size
   )
   return np.broadcast_to(constant.reshape(-1), (channels,)) if fits else None
 
 
-class Walker:
-  """Walks a program; a subclass has a method `_NAME` for each operation.
+class Walker(Generic[V]):
+  """Writes a program into a graph, one operation at a time.
 
-  It is called with (operands, parameters, abstract result) and returns the
-  result; operands are the subclass's values, or arrays where constant. Values
-  have a `shape`, and `convolution`, set while a convolution's result has no
-  other reader, so that a norm behind it may change its weights. A call of a
-  function NAME of `layers` is written as a whole where there is a method
-  `_call_NAME`, called with (operand, abstract result).
+  A subclass has two tables of operators, the hooks at the end of this class,
+  and a method `_NAME(operands, params, out)` for each other operation NAME;
+  operands are values of the graph, or arrays where constant, and `out` is the
+  abstract result. A call of a function NAME of `networks.layers` is written as
+  one operator where there is a method `_call_NAME(operand, out)`.
   """
 
-  # What messages call the format.
-  form = ""
+  # As messages call the format.
+  format = ""
+  # By primitive: the format's operators.
+  elementwise: Mapping[str, str] = {}
+  reductions: Mapping[str, str] = {}
 
   def run(
     self, jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any]
   ) -> list[Any]:
-    """Walks a program; returns its results."""
+    """Writes a program; returns its results."""
     values: dict[Any, Any] = {}
     for variable, const in zip(jaxpr.constvars, consts):
       values[variable] = np.asarray(const)
     values.update(zip(jaxpr.invars, arguments))
 
     readers = [v for e in jaxpr.eqns for v in e.invars] + list(jaxpr.outvars)
-    readers = [v for v in readers if not hasattr(v, "val")]
-    count = collections.Counter(readers)
+    count = collections.Counter(v for v in readers if not hasattr(v, "val"))
 
     def read(variable: Any) -> Any:
       if hasattr(variable, "val"):  # a literal
@@ -146,8 +176,7 @@ class Walker:
           raise UnsupportedError("the program computes with the batch's size")
         return literal
       value = values[variable]
-      if count[variable] > 1 and not isinstance(value, np.ndarray):
-        # Somebody else reads it as it is now.
+      if count[variable] > 1 and isinstance(value, Value):
         value.convolution = None
       return value
 
@@ -163,7 +192,7 @@ class Walker:
     inner = params.get("jaxpr", params.get("call_jaxpr"))
     if name in _CALLS and inner is not None:
       whole = getattr(self, f"_call_{params.get('name')}", None)
-      if whole is not None and not isinstance(operands[0], np.ndarray):
+      if whole is not None and isinstance(operands[0], Value):
         return [whole(operands[0], out[0])]
       if not hasattr(inner, "consts"):
         return self.run(inner, (), operands)
@@ -174,18 +203,23 @@ class Walker:
     if all(isinstance(operand, np.ndarray) for operand in operands):
       constant = self._constant(equation, operands)
       return [constant.view(Narrow) if narrow else constant]
+    if name in self.elementwise:
+      return [self._elementwise(name, operands, out[0])]
+    if name in self.reductions:
+      axes = tuple(int(axis) for axis in params["axes"])
+      return [self._reduce(name, operands[0], axes, out[0].shape)]
     method = getattr(self, f"_{name}", None)
     if method is None:
       raise UnsupportedError(
-        f"the program has the operation {name}, which has no {self.form} form "
-        "here"
+        f"the program has the operation {name}, which cannot be written as "
+        f"{self.format}"
       )
     return [method(operands, params, out[0])]
 
   def _constant(self, equation: Any, operands: list[np.ndarray]) -> np.ndarray:
     shape = equation.params.get("shape", ())
     if equation.primitive.name == "broadcast_in_dim" and BATCH in shape:
-      # Left narrow, as graphs broadcast by themselves: no constant of a batch.
+      # The graph's operators broadcast it over whatever batch there will be.
       shape = [1] * len(equation.params["shape"])
       for axis, side in zip(
         equation.params["broadcast_dimensions"], operands[0].shape
@@ -196,26 +230,129 @@ class Walker:
       equation.primitive.bind(*map(np.asarray, operands), **equation.params)
     )
 
-  def _permute(self, x: Any, axes: Sequence[int]) -> Any:
-    """Returns a value with its axes in that order."""
-    raise NotImplementedError
+  # ------------------------------------------------------------ elementwise
 
-  def _in_shape(self, x: Any, shape: Sequence[int]) -> Any:
-    """Returns a value in another shape, the batch still its first axis."""
-    raise NotImplementedError
+  def _elementwise(
+    self, name: str, operands: Sequence[V | np.ndarray], out: Any
+  ) -> V:
+    if name == "select_n":
+      which, no, yes = operands
+      operands = [which, yes, no]
+    if (
+      name == "max" and is_zero(operands[1]) and isinstance(operands[0], Value)
+    ):
+      return self._relu(operands[0], out)
+    if name in ("add", "sub", "mul", "div"):
+      folded = self._fold(name, *operands)
+      if folded is not None:
+        return folded
+    # The operator broadcasts a side of 1 by itself.
+    narrow = [getattr(x, "narrow", None) or x for x in operands]
+    repeated = sum(x is not y for x, y in zip(operands, narrow))
+    if np.broadcast_shapes(*(x.shape for x in narrow)) == out.shape:
+      operands = narrow if repeated == 1 else operands
+    return self._operate(self.elementwise[name], operands, out)
 
-  def _matmul(self, x: Any, y: Any) -> Any:
-    """Returns x @ y, y a matrix of weights or a value of as many axes."""
-    raise NotImplementedError
+  def _fold(
+    self, name: str, left: V | np.ndarray, right: V | np.ndarray
+  ) -> V | None:
+    """Moves a per-channel scale or shift into the convolution before it."""
+    if isinstance(left, np.ndarray) and name in ("add", "mul"):
+      left, right = right, left
+    if isinstance(left, np.ndarray) or not isinstance(right, np.ndarray):
+      return None
+    channel = per_channel(right, left.shape[-1])
+    if left.convolution is None or channel is None:
+      return None
+    kernel, bias, axis = self._read_convolution(left.convolution)
+    if name in ("mul", "div"):
+      scale = channel if name == "mul" else 1.0 / channel
+      kernel = kernel * scale.reshape(
+        [-1 if a == axis else 1 for a in range(4)]
+      )
+      bias = bias * scale
+    else:
+      bias = bias + (channel if name == "add" else -channel)
+    self._write_convolution(
+      left.convolution, kernel.astype(np.float32), bias.astype(np.float32)
+    )
+    return left
 
-  def _keep(self, operands: list[Any], params: Any, out: Any) -> Any:
+  def _square(self, operands: list[V], params: Any, out: Any) -> V:
+    return self._elementwise("mul", [operands[0], operands[0]], out)
+
+  def _stop_gradient(self, operands: list[V], params: Any, out: Any) -> V:
     [x] = operands
     x.convolution = None
     return x
 
-  _copy = _stop_gradient = _keep
+  _copy = _stop_gradient
 
-  def _dot_general(self, operands: list[Any], params: Any, out: Any) -> Any:
+  # ------------------------------------------------------------------ shapes
+
+  def _reshape(self, operands: list[V], params: Any, out: Any) -> V:
+    return self._in_shape(operands[0], out.shape)
+
+  _squeeze = _reshape
+
+  def _in_shape(self, x: V, shape: Sequence[int]) -> V:
+    """Returns a value in another shape, the batch still its first axis."""
+    shape = tuple(shape)
+    if x.shape == shape:
+      return x
+    if x.shape[:1] != shape[:1] or BATCH in shape[1:]:
+      raise UnsupportedError(f"reshaping {x.shape} to {shape} moves the batch")
+    return self._reshaped(x, shape)
+
+  def _broadcast_in_dim(self, operands: list[V], params: Any, out: Any) -> V:
+    narrow = [1] * len(out.shape)
+    for axis, side in zip(params["broadcast_dimensions"], operands[0].shape):
+      narrow[axis] = side
+    x = self._in_shape(operands[0], narrow)
+    if tuple(narrow) == tuple(out.shape):
+      return x
+    if narrow[0] != out.shape[0] or BATCH in out.shape[1:]:
+      raise UnsupportedError(f"broadcasting {x.shape} to {out.shape}")
+    made = self._repeated(x, out.shape)
+    made.narrow = x
+    return made
+
+  def _transpose(self, operands: list[V], params: Any, out: Any) -> V:
+    return self._permute(operands[0], params["permutation"])
+
+  def _permute(self, x: V, axes: Sequence[int]) -> V:
+    """Returns a value with its axes in that order."""
+    axes = tuple(int(axis) for axis in axes)
+    if axes == tuple(range(len(axes))):
+      return x
+    return self._permuted(x, axes)
+
+  def _pad(self, operands: list[V | np.ndarray], params: Any, out: Any) -> V:
+    x, value = operands
+    config = params["padding_config"]
+    plain = all(low >= 0 and high >= 0 and not gap for low, high, gap in config)
+    if (
+      isinstance(x, np.ndarray)
+      or not isinstance(value, np.ndarray)
+      or not plain
+    ):
+      raise UnsupportedError(f"padding of {x.shape} by {config}")
+    return self._padded(
+      x, [(int(low), int(high)) for low, high, _ in config], value
+    )
+
+  # --------------------------------------------------------------- over maps
+
+  def _reduce_window_max(self, operands: list[V], params: Any, out: Any) -> V:
+    return self._pool("max", operands[0], read_window(params), out.shape)
+
+  def _reduce_window_sum(self, operands: list[V], params: Any, out: Any) -> V:
+    window = read_window(params)
+    mean = self._pool("mean", operands[0], window, out.shape)
+    count = np.asarray(np.float32(np.prod(window.sides)))
+    return self._elementwise("mul", [mean, count], out)
+
+  def _dot_general(self, operands: list[Any], params: Any, out: Any) -> V:
     (left, right), (left_batch, right_batch) = params["dimension_numbers"]
     x, y = operands
     if isinstance(y, np.ndarray):
@@ -241,15 +378,15 @@ class Walker:
 
   def _times_weights(
     self,
-    x: Any,
+    x: V,
     summed: Sequence[int],
     weights: np.ndarray,
     axes: Sequence[int],
     batch: Sequence[int],
-  ) -> Any:
+  ) -> V:
     """Returns x times weights: its free axes, then the weights' free axes."""
     if batch:
-      raise UnsupportedError("a product with weights of each image's own")
+      raise UnsupportedError("a product with different weights for each image")
     free = [a for a in range(len(x.shape)) if a not in summed]
     kept = [a for a in range(weights.ndim) if a not in axes]
     count = int(np.prod([x.shape[a] for a in summed]))
@@ -262,3 +399,52 @@ class Walker:
       rest = [weights.shape[a] for a in kept]
       product = self._in_shape(product, (*product.shape[:-1], *rest))
     return product
+
+  # ------------------------------------------------- hooks, one set a format
+
+  def _operate(
+    self, kind: str, operands: Sequence[V | np.ndarray], out: Any
+  ) -> V:
+    """Writes the elementwise operator `kind`."""
+    raise NotImplementedError
+
+  def _relu(self, x: V, out: Any) -> V:
+    raise NotImplementedError
+
+  def _reduce(
+    self, name: str, x: V, axes: tuple[int, ...], shape: tuple[int, ...]
+  ) -> V:
+    """Writes the operator of `reductions[name]`, which drops the axes."""
+    raise NotImplementedError
+
+  def _reshaped(self, x: V, shape: tuple[int, ...]) -> V:
+    raise NotImplementedError
+
+  def _repeated(self, x: V, shape: tuple[int, ...]) -> V:
+    raise NotImplementedError
+
+  def _permuted(self, x: V, axes: tuple[int, ...]) -> V:
+    raise NotImplementedError
+
+  def _padded(
+    self, x: V, sides: Sequence[tuple[int, int]], value: np.ndarray
+  ) -> V:
+    """Pads each axis by (before, after) cells of one value."""
+    raise NotImplementedError
+
+  def _pool(self, kind: str, x: V, window: Window, shape: tuple[int, ...]) -> V:
+    """Writes a pooling of kind "max" or "mean" (cells outside count as 0)."""
+    raise NotImplementedError
+
+  def _matmul(self, x: V, y: V | np.ndarray) -> V:
+    """Writes x @ y, y a matrix of weights or a value of as many axes."""
+    raise NotImplementedError
+
+  def _read_convolution(self, index: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Returns (kernel, bias, axis of the kernel's output channels)."""
+    raise NotImplementedError
+
+  def _write_convolution(
+    self, index: int, kernel: np.ndarray, bias: np.ndarray
+  ) -> None:
+    raise NotImplementedError

@@ -1,97 +1,122 @@
-"""Writes a network's program, a jaxpr, as an ONNX graph.
+"""ONNX files: writes a network's jaxpr as a graph, and runs files.
 
-JAX's maps are [B, H, W, C], ONNX's convolutions want [B, C, H, W]. Values are
-kept in the order in which they were made and turned where an operator needs
-the other, so that a chain of convolutions, norms and activations has no turn
-in it. What depends on weights alone is computed here; a per-channel scale and
-shift behind a convolution (BatchNorm) go into its weights. A call of
-`layers.upsample_2x` or `layers.resize_bilinear` becomes one Resize.
+JAX's maps are [B, H, W, C], ONNX's convolutions want [B, C, H, W]. Each value
+stays in the order in which it was made and is transposed only where an operator
+needs the other one, so that a chain of convolutions, norms and activations has
+no Transpose in it. A call of `layers.upsample_2x` or `layers.resize_bilinear`
+becomes one Resize.
 """
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
+import json
 from typing import Any
 
-import jax
 import numpy as np
 
 from kdseg.deploy.formats import jaxpr as jaxpr_lib
+from kdseg.deploy.formats import record
 
 OPSET = 18
+BATCH = jaxpr_lib.BATCH
+UnsupportedError = jaxpr_lib.UnsupportedError
 _TO_NCHW = jaxpr_lib.TO_NCHW
 _TO_NHWC = (0, 2, 3, 1)
 
 
-BATCH = jaxpr_lib.BATCH
-UnsupportedError = jaxpr_lib.UnsupportedError
-
-
 @dataclasses.dataclass
-class _Value:
+class _Value(jaxpr_lib.Value):
   """A tensor of the graph.
 
   Attributes:
     name: in the graph.
-    shape: as JAX has it.
-    channels_first: whether it is kept as [B, C, H, W].
-    convolution: index of the node that made it, while no other reads it.
-    narrow: the value that this one repeats along its sides of 1.
+    channels_first: whether it is stored as [B, C, H, W].
   """
 
   name: str
-  shape: tuple[int, ...]
   channels_first: bool = False
-  convolution: int | None = None
-  narrow: "_Value | None" = None
 
 
 _Operand = _Value | np.ndarray
 
 
-def export(
-  function: Callable[[jax.Array], jax.Array],
+def write(
+  function: record.Function, size: int, about: Mapping[str, Any]
+) -> bytes:
+  """Returns an ONNX file of any batch; its metadata say what `about` says.
+
+  Raises:
+    UnsupportedError: on an operation that cannot be written.
+  """
+  model = make_model(function, (size, size, 3), np.uint8, about)
+  return model.SerializeToString()
+
+
+def open_file(content: bytes, threads: int) -> record.Opened:
+  """Opens an ONNX file of an export in ONNX Runtime."""
+  session = open_session(content, threads)
+  [image] = session.get_inputs()
+  outputs = [output.name for output in session.get_outputs()]
+  record.check_signature(
+    image.type == "tensor(uint8)", image.shape, record.OUTPUT in outputs
+  )
+  return record.Opened(
+    lambda batch: session.run([record.OUTPUT], {image.name: batch})[0],
+    int(image.shape[1]),
+    dict(session.get_modelmeta().custom_metadata_map),
+  )
+
+
+def open_session(content: bytes, threads: int) -> Any:
+  """Opens any ONNX file in ONNX Runtime on the CPU.
+
+  Args:
+    content: of the file.
+    threads: 0 for the runtime's own choice.
+  """
+  import onnxruntime
+
+  options = onnxruntime.SessionOptions()
+  options.intra_op_num_threads = threads
+  return onnxruntime.InferenceSession(
+    content, options, providers=["CPUExecutionProvider"]
+  )
+
+
+def make_model(
+  function: record.Function,
   shape: Sequence[int],
   dtype: Any,
-  *,
-  input_name: str,
-  output_name: str,
-  metadata: dict[str, str] | None = None,
+  about: Mapping[str, Any],
 ) -> Any:
-  """Returns the ONNX model of a function of one batch of images.
+  """Returns the ONNX model of a function of a batch of images.
 
   Args:
     function: maps [B, *shape] to [B, ...]; may close over weights, and must
       not compute with the size of the batch.
     shape: of one image.
     dtype: of the input.
-    input_name: in the graph.
-    output_name: in the graph.
-    metadata: what the file says of itself.
+    about: what the file says of itself.
 
   Returns:
     An `onnx.ModelProto`, checked in full, whose batch is of any size.
 
   Raises:
-    ImportError: if `onnx` is not installed.
-    UnsupportedError: on an operation that has no form here.
+    UnsupportedError: on an operation that cannot be written.
   """
-  try:
-    import onnx
-  except ModuleNotFoundError as error:
-    raise ImportError(
-      "writing ONNX needs the package onnx: pip install 'kdseg[export]'"
-    ) from error
+  import onnx
+
   program = jaxpr_lib.trace(function, shape, dtype)
   writer = _Writer(onnx)
-  image = _Value(input_name, (BATCH, *shape))
+  image = _Value((BATCH, *shape), record.INPUT)
   [out] = writer.run(program.jaxpr, program.consts, [image])
-  writer.finish(out, output_name)
+  writer.finish(out, record.OUTPUT)
   graph = onnx.helper.make_graph(
     writer.nodes,
     "kdseg",
-    [_info(onnx, input_name, image.shape, np.dtype(dtype))],
-    [_info(onnx, output_name, out.shape, np.dtype(np.float32))],
+    [_info(onnx, record.INPUT, image.shape, dtype)],
+    [_info(onnx, record.OUTPUT, out.shape, np.float32)],
     writer.initializers,
   )
   model = onnx.helper.make_model(
@@ -100,7 +125,11 @@ def export(
     producer_name="kdseg",
     ir_version=9,
   )
-  onnx.helper.set_model_props(model, metadata or {})
+  metadata = {
+    key: value if isinstance(value, str) else json.dumps(value)
+    for key, value in about.items()
+  }
+  onnx.helper.set_model_props(model, metadata)
   try:
     onnx.checker.check_model(model, full_check=True)
   except (
@@ -114,15 +143,32 @@ def export(
 def _info(onnx: Any, name: str, shape: tuple[int, ...], dtype: Any) -> Any:
   return onnx.helper.make_tensor_value_info(
     name,
-    onnx.helper.np_dtype_to_tensor_dtype(dtype),
+    onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype)),
     ["batch" if side == BATCH else side for side in shape],
   )
 
 
-class _Writer(jaxpr_lib.Walker):
+class _Writer(jaxpr_lib.Walker[_Value]):
   """Collects nodes and weights while it walks a program."""
 
-  form = "ONNX"
+  format = "ONNX"
+  elementwise: Mapping[str, str] = {
+    "add": "Add",
+    "div": "Div",
+    "exp": "Exp",
+    "ge": "GreaterOrEqual",
+    "logistic": "Sigmoid",
+    "max": "Max",
+    "min": "Min",
+    "mul": "Mul",
+    "neg": "Neg",
+    "select_n": "Where",
+    "sub": "Sub",
+  }
+  reductions: Mapping[str, str] = {
+    "reduce_max": "ReduceMax",
+    "reduce_sum": "ReduceSum",
+  }
 
   def __init__(self, onnx: Any) -> None:
     self.onnx = onnx
@@ -150,7 +196,7 @@ class _Writer(jaxpr_lib.Walker):
     return name
 
   def finish(self, out: _Value, name: str) -> None:
-    """Names the output, and drops what it does not depend on."""
+    """Names the output, and drops nodes that it does not depend on."""
     self.nodes.append(
       self.onnx.helper.make_node(
         "Identity", [self._plain(out)], [name], "output"
@@ -169,7 +215,7 @@ class _Writer(jaxpr_lib.Walker):
     ]
 
   def _plain(self, value: _Operand) -> str:
-    """Returns the name of a value in JAX's order."""
+    """Returns the name of a value as [B, H, W, C]."""
     if isinstance(value, np.ndarray):
       return self._weight(value)
     value.convolution = None
@@ -178,7 +224,7 @@ class _Writer(jaxpr_lib.Walker):
     return self._node("Transpose", [value.name], perm=_TO_NHWC)
 
   def _first(self, value: _Operand) -> str:
-    """Returns the name of a four-sided value with its channels first."""
+    """Returns the name of a value as [B, C, H, W]."""
     if isinstance(value, np.ndarray):
       if value.ndim == 4:
         value = value.transpose(_TO_NCHW)
@@ -190,167 +236,60 @@ class _Writer(jaxpr_lib.Walker):
 
   # ------------------------------------------------------------ elementwise
 
-  def _binary(self, kind: str, operands: list[_Operand], out: Any) -> _Value:
-    folded = self._fold(kind, operands, out)
-    if folded is not None:
-      return folded
-    # The operator repeats a side of 1 by itself; not where both have one.
-    if (
-      sum(isinstance(x, _Value) and x.narrow is not None for x in operands) < 2
-    ):
-      operands = [getattr(x, "narrow", None) or x for x in operands]
-    first = any(
-      isinstance(x, _Value) and x.channels_first and len(x.shape) == 4
-      for x in operands
-    )
-    names = [self._first(x) if first else self._plain(x) for x in operands]
-    return _Value(self._node(kind, names), out.shape, first)
-
-  def _fold(
-    self, kind: str, operands: list[_Operand], out: Any
-  ) -> _Value | None:
-    """Moves a per-channel scale or shift into the convolution before it."""
-    left, right = operands
-    if isinstance(left, np.ndarray) and kind in ("Add", "Mul"):
-      left, right = right, left
-    if not (isinstance(left, _Value) and isinstance(right, np.ndarray)):
-      return None
-    channel = jaxpr_lib.per_channel(right, left.shape[-1])
-    if left.convolution is None or channel is None or kind == "Max":
-      return None
-    node = self.nodes[left.convolution]
-    kernel, bias = (self._weights[name] for name in node.input[1:])
-    if kind in ("Mul", "Div"):
-      scale = channel if kind == "Mul" else 1.0 / channel
-      kernel = kernel * scale[:, None, None, None]
-      bias = bias * scale
-    elif kind in ("Add", "Sub"):
-      bias = bias + (channel if kind == "Add" else -channel)
-    else:
-      return None
-    node.input[1] = self._weight(kernel.astype(np.float32), "kernel")
-    node.input[2] = self._weight(bias.astype(np.float32), "bias")
-    return _Value(left.name, out.shape, True, left.convolution)
-
-  def _unary(self, kind: str, operands: list[_Operand], out: Any) -> _Value:
-    [x] = operands
-    x.convolution = None
-    return _Value(self._node(kind, [x.name]), out.shape, x.channels_first)
-
-  def _add(self, operands: list[_Operand], params: Any, out: Any) -> _Value:
-    return self._binary("Add", operands, out)
-
-  def _sub(self, operands: list[_Operand], params: Any, out: Any) -> _Value:
-    return self._binary("Sub", operands, out)
-
-  def _mul(self, operands: list[_Operand], params: Any, out: Any) -> _Value:
-    return self._binary("Mul", operands, out)
-
-  def _div(self, operands: list[_Operand], params: Any, out: Any) -> _Value:
-    return self._binary("Div", operands, out)
-
-  def _max(self, operands: list[_Operand], params: Any, out: Any) -> _Value:
-    value, bound = operands
-    if jaxpr_lib.is_zero(bound):
-      return self._unary("Relu", [value], out)
-    return self._binary("Max", operands, out)
-
-  def _min(self, operands: list[_Operand], params: Any, out: Any) -> _Value:
-    return self._binary("Min", operands, out)
-
-  def _ge(self, operands: list[_Operand], params: Any, out: Any) -> _Value:
-    return self._binary("GreaterOrEqual", operands, out)
-
-  def _select_n(
-    self, operands: list[_Operand], params: Any, out: Any
+  def _operate(
+    self, kind: str, operands: Sequence[_Operand], out: Any
   ) -> _Value:
-    which, no, yes = operands
     first = any(isinstance(x, _Value) and x.channels_first for x in operands)
-    turn = self._first if first else self._plain
-    names = [turn(which), turn(yes), turn(no)]
-    return _Value(self._node("Where", names), out.shape, first)
+    names = [self._first(x) if first else self._plain(x) for x in operands]
+    return _Value(out.shape, self._node(kind, names), first)
 
-  def _logistic(
-    self, operands: list[_Operand], params: Any, out: Any
-  ) -> _Value:
-    return self._unary("Sigmoid", operands, out)
-
-  def _neg(self, operands: list[_Operand], params: Any, out: Any) -> _Value:
-    return self._unary("Neg", operands, out)
-
-  def _exp(self, operands: list[_Operand], params: Any, out: Any) -> _Value:
-    return self._unary("Exp", operands, out)
-
-  def _square(self, operands: list[_Operand], params: Any, out: Any) -> _Value:
-    return self._binary("Mul", [operands[0], operands[0]], out)
+  def _relu(self, x: _Value, out: Any) -> _Value:
+    return self._operate("Relu", [x], out)
 
   def _rsqrt(self, operands: list[_Operand], params: Any, out: Any) -> _Value:
-    return self._unary("Reciprocal", [self._unary("Sqrt", operands, out)], out)
+    root = self._operate("Sqrt", operands, out)
+    return self._operate("Reciprocal", [root], out)
 
   def _erfc(self, operands: list[_Operand], params: Any, out: Any) -> _Value:
-    erf = self._unary("Erf", operands, out)
-    return self._binary("Sub", [np.ones((), np.float32), erf], out)
+    erf = self._operate("Erf", operands, out)
+    return self._operate("Sub", [np.ones((), np.float32), erf], out)
 
   def _convert_element_type(
-    self, operands: list[_Operand], params: Any, out: Any
+    self, operands: list[_Value], params: Any, out: Any
   ) -> _Value:
     [x] = operands
     kind = self.onnx.helper.np_dtype_to_tensor_dtype(np.dtype(out.dtype))
     x.convolution = None
     name = self._node("Cast", [x.name], to=kind)
-    return _Value(name, out.shape, x.channels_first)
+    return _Value(out.shape, name, x.channels_first)
+
+  def _read_convolution(self, index: int) -> tuple[np.ndarray, np.ndarray, int]:
+    kernel, bias = (self._weights[name] for name in self.nodes[index].input[1:])
+    return kernel, bias, 0
+
+  def _write_convolution(
+    self, index: int, kernel: np.ndarray, bias: np.ndarray
+  ) -> None:
+    self.nodes[index].input[1] = self._weight(kernel, "kernel")
+    self.nodes[index].input[2] = self._weight(bias, "bias")
 
   # ------------------------------------------------------------------ shapes
 
-  def _reshape(self, operands: list[_Operand], params: Any, out: Any) -> _Value:
-    x = operands[0]
-    if x.shape[:1] != out.shape[:1] or BATCH in out.shape[1:]:
-      raise UnsupportedError(
-        f"reshaping {x.shape} to {out.shape} moves the batch"
-      )
-    shape = np.array([0, *out.shape[1:]], np.int64)
-    names = [self._plain(x), self._weight(shape, "shape")]
-    return _Value(self._node("Reshape", names), out.shape)
+  def _reshaped(self, x: _Value, shape: tuple[int, ...]) -> _Value:
+    sides = np.array([0, *shape[1:]], np.int64)  # 0 keeps the batch.
+    names = [self._plain(x), self._weight(sides, "shape")]
+    return _Value(shape, self._node("Reshape", names))
 
-  _squeeze = _reshape
+  def _repeated(self, x: _Value, shape: tuple[int, ...]) -> _Value:
+    sides = np.array([1, *shape[1:]], np.int64)  # 1 keeps the batch.
+    names = [self._plain(x), self._weight(sides, "shape")]
+    return _Value(shape, self._node("Expand", names))
 
-  def _broadcast_in_dim(
-    self, operands: list[_Operand], params: Any, out: Any
-  ) -> _Value:
-    narrow = [1] * len(out.shape)
-    for axis, side in zip(params["broadcast_dimensions"], operands[0].shape):
-      narrow[axis] = side
-    x = self._in_shape(operands[0], narrow)
-    if tuple(narrow) == tuple(out.shape):
-      return x
-    if narrow[0] != out.shape[0] or BATCH in out.shape[1:]:
-      raise UnsupportedError(f"broadcasting {x.shape} to {out.shape}")
-    # 1 keeps a side.
-    shape = np.array([1, *out.shape[1:]], np.int64)
-    name = self._node("Expand", [self._plain(x), self._weight(shape, "shape")])
-    return _Value(name, out.shape, narrow=x)
-
-  def _transpose(
-    self, operands: list[_Operand], params: Any, out: Any
-  ) -> _Value:
-    return self._permute(operands[0], params["permutation"])
-
-  def _permute(self, x: _Value, axes: Sequence[int]) -> _Value:
-    """See the base class."""
-    axes = [int(axis) for axis in axes]
-    if axes == sorted(axes):
-      return x
+  def _permuted(self, x: _Value, axes: tuple[int, ...]) -> _Value:
     name = self._node("Transpose", [self._plain(x)], perm=axes)
-    return _Value(name, tuple(x.shape[axis] for axis in axes))
+    return _Value(tuple(x.shape[axis] for axis in axes), name)
 
-  def _in_shape(self, x: _Value, shape: Sequence[int]) -> _Value:
-    """See the base class."""
-    if tuple(x.shape) == tuple(shape):
-      return x
-    out = jax.ShapeDtypeStruct(tuple(shape), np.float32)
-    return self._reshape([x], {}, out)
-
-  def _slice(self, operands: list[_Operand], params: Any, out: Any) -> _Value:
+  def _slice(self, operands: list[_Value], params: Any, out: Any) -> _Value:
     [x] = operands
     axes = [a for a, side in enumerate(out.shape) if side != x.shape[a]]
     if 0 in axes:
@@ -364,7 +303,7 @@ class _Writer(jaxpr_lib.Walker):
       self._weight(np.array(n, np.int64), "cut")
       for n in (*numbers, axes, [int(strides[axis]) for axis in axes])
     ]
-    return _Value(self._node("Slice", [self._plain(x), *names]), out.shape)
+    return _Value(out.shape, self._node("Slice", [self._plain(x), *names]))
 
   def _concatenate(
     self, operands: list[_Operand], params: Any, out: Any
@@ -376,52 +315,36 @@ class _Writer(jaxpr_lib.Walker):
     if first:
       axis = _TO_NCHW.index(axis)
     names = [self._first(x) if first else self._plain(x) for x in operands]
-    return _Value(self._node("Concat", names, axis=axis), out.shape, first)
+    return _Value(out.shape, self._node("Concat", names, axis=axis), first)
 
-  def _pad(self, operands: list[_Operand], params: Any, out: Any) -> _Value:
-    x, value = operands
-    config = params["padding_config"]
-    if not isinstance(x, _Value):
-      raise UnsupportedError(f"padding of {out.shape}")
-    if any(low < 0 or high < 0 or inside for low, high, inside in config):
-      raise UnsupportedError(f"padding by {config}")
-    first = len(out.shape) == 4
-    if first:
-      config = [config[axis] for axis in _TO_NCHW]
-    sides = [low for low, _, _ in config] + [high for _, high, _ in config]
+  def _padded(
+    self, x: _Value, sides: Sequence[tuple[int, int]], value: np.ndarray
+  ) -> _Value:
+    first = len(x.shape) == 4
+    order = _TO_NCHW if first else range(len(x.shape))
+    ends = [sides[axis][end] for end in (0, 1) for axis in order]
     names = [
       self._first(x) if first else self._plain(x),
-      self._weight(np.array(sides, np.int64), "pads"),
+      self._weight(np.array(ends, np.int64), "pads"),
       self._weight(np.asarray(value, np.float32), "value"),
     ]
-    return _Value(self._node("Pad", names), out.shape, first)
+    shape = tuple(side + sum(pad) for side, pad in zip(x.shape, sides))
+    return _Value(shape, self._node("Pad", names), first)
 
   # --------------------------------------------------------------- over maps
 
-  def _reduce_sum(
-    self, operands: list[_Operand], params: Any, out: Any
-  ) -> _Value:
-    return self._reduce("ReduceSum", operands, params, out)
-
-  def _reduce_max(
-    self, operands: list[_Operand], params: Any, out: Any
-  ) -> _Value:
-    return self._reduce("ReduceMax", operands, params, out)
-
   def _reduce(
-    self, kind: str, operands: list[_Operand], params: Any, out: Any
+    self, name: str, x: _Value, axes: tuple[int, ...], shape: tuple[int, ...]
   ) -> _Value:
-    axes = np.array(params["axes"], np.int64)
-    names = [self._plain(operands[0]), self._weight(axes, "axes")]
-    return _Value(self._node(kind, names, keepdims=0), out.shape)
+    names = [self._plain(x), self._weight(np.array(axes, np.int64), "axes")]
+    return _Value(shape, self._node(self.reductions[name], names, keepdims=0))
 
   def _matmul(self, x: _Value, y: _Operand) -> _Value:
-    """See the base class."""
     name = self._node("MatMul", [self._plain(x), self._plain(y)])
-    return _Value(name, (*x.shape[:-1], y.shape[-1]))
+    return _Value((*x.shape[:-1], y.shape[-1]), name)
 
   def _conv_general_dilated(
-    self, operands: list[_Operand], params: Any, out: Any
+    self, operands: list[Any], params: Any, out: Any
   ) -> _Value:
     x, kernel = operands
     jaxpr_lib.check_convolution(params, kernel)
@@ -440,38 +363,26 @@ class _Writer(jaxpr_lib.Walker):
       pads=pads,
       group=int(params["feature_group_count"]),
     )
-    return _Value(name, out.shape, True, len(self.nodes) - 1)
+    return _Value(out.shape, name, True, convolution=len(self.nodes) - 1)
 
   def _pool(
-    self, kind: str, x: _Value, params: Any, out: Any, **attributes: Any
+    self,
+    kind: str,
+    x: _Value,
+    window: jaxpr_lib.Window,
+    shape: tuple[int, ...],
   ) -> _Value:
-    jaxpr_lib.check_pooling(params)
-    window = params["window_dimensions"]
-    strides = params["window_strides"]
-    padding = params["padding"]
+    operator = {"max": "MaxPool", "mean": "AveragePool"}[kind]
+    attributes = {"count_include_pad": 1} if kind == "mean" else {}
     name = self._node(
-      kind,
+      operator,
       [self._first(x)],
-      kernel_shape=[int(w) for w in window[1:3]],
-      strides=[int(s) for s in strides[1:3]],
-      pads=[int(p) for side in zip(*padding[1:3]) for p in side],
+      kernel_shape=window.sides,
+      strides=window.strides,
+      pads=[pad for side in zip(*window.padding) for pad in side],
       **attributes,
     )
-    return _Value(name, out.shape, True)
-
-  def _reduce_window_max(
-    self, operands: list[_Operand], params: Any, out: Any
-  ) -> _Value:
-    return self._pool("MaxPool", operands[0], params, out)
-
-  def _reduce_window_sum(
-    self, operands: list[_Operand], params: Any, out: Any
-  ) -> _Value:
-    mean = self._pool(
-      "AveragePool", operands[0], params, out, count_include_pad=1
-    )
-    count = np.float32(np.prod(params["window_dimensions"]))
-    return self._binary("Mul", [mean, np.asarray(count)], out)
+    return _Value(shape, name, True)
 
   def _call_upsample_2x(self, x: _Value, out: Any) -> _Value:
     scales = np.array([1, 1, 2, 2], np.float32)
@@ -494,4 +405,4 @@ class _Writer(jaxpr_lib.Walker):
       mode="linear",
       coordinate_transformation_mode="half_pixel",
     )
-    return _Value(name, shape, True)
+    return _Value(shape, name, True)

@@ -20,8 +20,9 @@ import tempfile
 
 from kdseg.deploy import export
 from kdseg.deploy import models
+from kdseg.deploy import parity
 from kdseg.deploy import weights
-from kdseg.deploy.formats import jaxpr
+from kdseg.deploy.formats.jaxpr import UnsupportedError
 from kdseg.deploy.page import runtime
 from kdseg.deploy.page import site
 from kdseg.runtime import checkpoint
@@ -36,7 +37,7 @@ def _export_folder(name: str, scratch: pathlib.Path) -> pathlib.Path:
   is_export = (path / "model.onnx").exists() or not checkpoint.is_finished(path)
   if name not in models.shipped() and path.is_dir() and is_export:
     return path
-  export.export(models.load_weights(name), scratch, forms=("onnx",))
+  export.export(models.load_weights(name), scratch, formats=[site.ONNX])
   return scratch
 
 
@@ -79,8 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ImportError,
     OSError,
     runtime.PageError,
-    export.ParityError,
-    jaxpr.UnsupportedError,
+    parity.ParityError,
+    UnsupportedError,
     weights.WeightsError,
   ) as error:
     print(f"kdseg: {error}", file=sys.stderr)

@@ -16,7 +16,8 @@ import numpy as np
 from PIL import Image
 
 from kdseg.data.sets import synthetic
-from kdseg.deploy import artefacts
+from kdseg.deploy import formats
+from kdseg.deploy import models
 from kdseg.deploy import weights
 from kdseg.deploy.page import runtime as runtime_lib
 from kdseg.runtime import files as files_lib
@@ -28,6 +29,7 @@ EXAMPLES = (
   (18, "sharp", "Sharp border"),
   (7, "fading", "Fading border"),
 )
+ONNX = next(format for format in formats.FORMATS if format.name == "onnx")
 DESCRIPTION = "page.json"
 _MADE_BY = "kdseg.deploy.page 1"
 _LICENCE = "onnxruntime-LICENSE.txt"
@@ -75,14 +77,13 @@ def build(
 
   Raises:
     PageError: if the export is not whole, or `out` holds something else.
+    WeightsError: if `int8` is no network of an export.
     WriteError: if the disk is full or may not be written to; an earlier page
       stays as it is.
   """
   out, exported = pathlib.Path(out), pathlib.Path(exported)
   earlier = check_place(out, force)
   networks = _read_networks(exported, int8)
-  about = _read_about(exported)
-  needed = _read_preprocess(exported)
 
   content: dict[str, bytes] = {}
   sources = importlib.resources.files("kdseg") / "deploy" / "page" / "files"
@@ -95,9 +96,23 @@ def build(
   content |= {file: data for file, _, data in networks.values()}
   content |= draw_examples()
 
-  description = {
+  description = _describe(networks, runtime, exported)
+  description["files"] = sorted([*content, _WORKER])
+  content[DESCRIPTION] = _to_json(description)
+  content[_WORKER] = _fill_worker(worker, content)
+  _write(out, content, earlier)
+  return description
+
+
+def _describe(
+  networks: Mapping[str, tuple[str, str, bytes]],
+  runtime: Mapping[str, bytes],
+  exported: pathlib.Path,
+) -> dict[str, Any]:
+  """Returns what page.json says, all but the list of files."""
+  return {
     "made_by": _MADE_BY,
-    **needed,
+    **_read_preprocess(exported),
     "networks": [
       {"id": key, "title": title, "file": file, "bytes": len(data)}
       for key, (file, title, data) in networks.items()
@@ -112,13 +127,8 @@ def build(
       {"file": f"examples/{name}.jpg", "title": title}
       for _, name, title in EXAMPLES
     ],
-    **about,
-    "files": sorted([*content, _WORKER]),
+    **_read_about(exported),
   }
-  content[DESCRIPTION] = _to_json(description)
-  content[_WORKER] = _fill_worker(worker, content)
-  _write(out, content, earlier)
-  return description
 
 
 def check_place(out: pathlib.Path, force: bool) -> list[str]:
@@ -146,39 +156,19 @@ def _read_networks(
   exported: pathlib.Path, int8: str | pathlib.Path | None
 ) -> dict[str, tuple[str, str, bytes]]:
   """Returns precision -> (file on the page, title, content)."""
-  path = exported / "model.onnx"
+  path = exported / ONNX.file
   if not path.is_file():
     raise runtime_lib.PageError(
-      f"{exported} has no model.onnx; write it with python -m "
+      f"{exported} has no {ONNX.file}; write it with python -m "
       f"kdseg.deploy.export MODEL --out {exported}"
     )
-  networks = {"fp32": ("model.onnx", "32-bit", path.read_bytes())}
-  small = pathlib.Path(int8) if int8 else exported / "model.int8.onnx"
-  if int8 or small.exists():
-    try:
-      content = small.read_bytes()
-    except OSError as error:
-      raise runtime_lib.PageError(f"{small} cannot be read: {error}") from error
-    if int8:
-      _check_network(small)
-    networks["int8"] = ("model.int8.onnx", "8-bit", content)
+  networks = {"fp32": (ONNX.file, "32-bit", path.read_bytes())}
+  small = pathlib.Path(int8) if int8 else exported / ONNX.int8_file
+  if int8:
+    models.load_exported(small, [ONNX])
+  if small.exists():
+    networks["int8"] = (ONNX.int8_file, "8-bit", small.read_bytes())
   return networks
-
-
-def _check_network(path: pathlib.Path) -> None:
-  """Refuses a file that somebody named and is no network.
-
-  Raises:
-    ImportError: without ONNX Runtime.
-  """
-  try:
-    artefacts.run_onnx(path.read_bytes(), 0)
-  except ImportError:
-    raise
-  except Exception as error:  # Those of the runtime, of many kinds.
-    raise runtime_lib.PageError(
-      f"{path} is no network of an export: {str(error).splitlines()[0]}"
-    ) from error
 
 
 def _read_preprocess(exported: pathlib.Path) -> dict[str, Any]:
