@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 
+from packaging.requirements import Requirement
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -373,6 +374,19 @@ def test_every_dependency_is_declared_and_every_declared_one_is_used():
         used |= {requirements(name).pop() for name in offered.get(root, [root])}
   assert used - core - extras == set()
   assert core - used == SILENT
+
+
+def test_constraints_pin_what_the_tests_require():
+  setup = configparser.ConfigParser()
+  setup.read(ROOT / "setup.cfg", encoding="utf-8")
+  wanted = setup["options"]["install_requires"]
+  wanted += setup["options.extras_require"]["test"]
+  lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+  pinned = dict(x.split("==") for x in lines if not x.startswith("#"))
+  for line in filter(None, wanted.split("\n")):
+    requirement = Requirement(line)
+    [name] = requirements(requirement.name)
+    assert requirement.specifier.contains(pinned[name]), line
 
 
 def test_every_file_states_the_same_version():
