@@ -40,8 +40,6 @@ LARGER = {
   "experiment.students.train_students: parameters": "",
   "experiment.teachers.make_teacher: lines": "",
   "losses.boundary.region: lines": "",
-  "networks.encoders.efficientnet_lite.EfficientNetLite.__call__: lines": "",
-  "networks.encoders.vit_weights.load_vit_small: lines": "",
   "runtime.devices.parallel: lines": "",
   "runtime.preemption.on_signals: lines": "",
   "training.arms.make_arms: lines": "",

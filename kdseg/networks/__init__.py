@@ -1,23 +1,24 @@
 """Teachers and students: pure Flax modules with one contract.
 
 `network.apply(variables, image, train=...)` maps `image`, [B, H, W, 3] float
-RGB in [0, 1] with sides divisible by 32, to a dict; each network normalises
-the image by itself, so that a teacher and a student can share a batch.
+RGB in [0, 1] with sides divisible by 32, to a dict of "logits", [B, H, W]
+float32, lesion where above 0, and the features that distillation compares, one
+map [B, H/stride, W/stride, C] a tap of `STRIDES`. Each network normalises the
+image itself, so that a teacher and a student can share a batch. The fields
+`dtype` (of the computation) and `axis_name` (over which BatchNorm shares its
+statistics) are common to all.
 
-  logits        [B, H, W] float32; lesion where above 0
-  low           [B, H/4, W/4, C]   features of the encoder at stride 4,
-  high          [B, H/8, W/8, C]   at stride 8
-  s16           [B, H/16, W/16, C] and at stride 16
-  decoder_low   [B, H/4, W/4, C]   features of the decoder at stride 4
-  decoder_high  [B, H/8, W/8, C]   and at stride 8
+A network may have three methods more:
 
-Fields `dtype` (of the computation) and `axis_name` (over which BatchNorm
-shares its statistics) are common to all. `networks_test` holds every network
-to this.
+  published_weights()  yields (variables, path of the submodule they belong to)
+  encode(image)        returns what its frozen blocks compute, which `apply`
+                       then takes as `encoder_features`
+  is_frozen(path)      whether the parameter at `path` belongs to such a block
+
+To add a network, write its module and one row of `TEACHERS` or `STUDENTS`.
 """
 
 from collections.abc import Callable
-from collections.abc import Iterator
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,7 +29,6 @@ import numpy as np
 
 from kdseg.networks.cost import count_macs as count_macs
 from kdseg.networks.encoders import pretrained
-from kdseg.networks.encoders import vit_weights
 from kdseg.networks.students import enet
 from kdseg.networks.students import lite_unet
 from kdseg.networks.students import patch_unet
@@ -53,7 +53,15 @@ STUDENTS: Mapping[str, Callable[..., nn.Module]] = {
 }
 NETWORKS: Mapping[str, Callable[..., nn.Module]] = {**TEACHERS, **STUDENTS}
 
-TAPS = ("low", "high", "s16", "decoder_low", "decoder_high")
+# Of the maps that every network returns; the first three are the encoder's.
+STRIDES: Mapping[str, int] = {
+  "low": 4,
+  "high": 8,
+  "s16": 16,
+  "decoder_low": 4,
+  "decoder_high": 8,
+}
+TAPS = tuple(STRIDES)
 
 
 def make_network(name: str, **options: Any) -> nn.Module:
@@ -83,18 +91,7 @@ def make_network(name: str, **options: Any) -> nn.Module:
 def make_variables(
   network: nn.Module, rng: jax.Array, *, size: int, weights: bool = True
 ) -> dict[str, Any]:
-  """Returns initial variables, encoders with ImageNet weights where they exist.
-
-  Args:
-    network: from `make_network`.
-    rng: one key.
-    size: side of the images in pixels; parameters don't depend on it.
-    weights: whether to read published encoder weights; without, every
-      parameter is drawn.
-
-  Raises:
-    ImportError: if published weights are wanted and not installed.
-  """
+  """Returns initial variables on the default device; see `make_initializer`."""
   variables = make_initializer(network, size=size, weights=weights)(rng)
   return jax.tree.map(jnp.asarray, jax.device_get(variables))
 
@@ -102,19 +99,21 @@ def make_variables(
 def make_initializer(
   network: nn.Module, *, size: int, weights: bool = True
 ) -> Callable[[jax.Array], dict[str, Any]]:
-  """Returns rng -> initial variables; compiled, and weights read, once.
+  """Returns rng -> initial variables; compiles, and reads weights, once.
 
   Args:
     network: from `make_network`.
     size: side of the images in pixels; parameters don't depend on it.
-    weights: whether to read published encoder weights.
+    weights: whether the network's published weights replace what is drawn.
 
   Raises:
     ImportError: if published weights are wanted and not installed.
+    ValueError: if their file is damaged or another.
   """
   image = np.zeros((1, size, size, 3), np.float32)
-  draw = on_processor(lambda rng: network.init(rng, image))
-  published = list(_published(network)) if weights else []
+  draw = on_cpu(lambda rng: network.init(rng, image))
+  published_weights = getattr(network, "published_weights", tuple)
+  published = list(published_weights()) if weights else []
 
   def initialize(rng: jax.Array) -> dict[str, Any]:
     variables = dict(draw(rng))
@@ -125,13 +124,13 @@ def make_initializer(
   return initialize
 
 
-def on_processor(function: Callable[..., Any]) -> Callable[..., Any]:
-  """Compiles what is run once, on next to no data, for the host's processor.
+def on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+  """Compiles a function that runs once, on little data, for the CPU.
 
-  It is not worth optimising, which takes the CPU backend twenty seconds even
-  for a small network, and the compiler of a GPU as long.
+  Without optimisation, which takes the CPU backend twenty seconds even for a
+  small network, and a GPU's compiler as long.
   """
-  device = processor()
+  device = cpu()
   options = {"xla_backend_optimization_level": 0} if device else {}
   compiled = jax.jit(function, compiler_options=options)
 
@@ -142,40 +141,12 @@ def on_processor(function: Callable[..., Any]) -> Callable[..., Any]:
   return call
 
 
-def processor() -> jax.Device | None:
-  """Returns the host's processor, or None where JAX has it as no device."""
+def cpu() -> jax.Device | None:
+  """Returns the CPU of this host, or None where JAX does not offer it."""
   try:
     return jax.local_devices(backend="cpu")[0]
-  except RuntimeError:  # JAX was told to use other devices alone.
+  except RuntimeError:  # JAX was told to use other platforms only.
     return None
-
-
-def _published(
-  network: nn.Module,
-) -> Iterator[tuple[Mapping[str, Any], tuple[str, ...]]]:
-  """Yields published weights, and where in the parameters they belong."""
-  if isinstance(network, vit_unet.ViTUNet):
-    yield vit_weights.load_vit_small(blocks=max(network.taps)), ("encoder",)
-    if network.branch != "conv":
-      lite = pretrained.load_efficientnet_lite(network.branch)
-      yield lite, ("decoder", "encoder")
-  elif isinstance(network, lite_unet.LiteUNet):
-    yield (
-      pretrained.load_efficientnet_lite("lite0", network.stages),
-      ("encoder",),
-    )
-  elif isinstance(network, CONVOLUTIONAL_TEACHERS):
-    yield (
-      pretrained.load_efficientnet_lite(network.encoder_variant),
-      ("encoder",),
-    )
-
-
-CONVOLUTIONAL_TEACHERS = (
-  unetpp.UNetPlusPlus,
-  deeplab.DeepLabV3Plus,
-  pspnet.PSPNet,
-)
 
 
 def count_parameters(variables: Mapping[str, Any]) -> int:

@@ -10,17 +10,17 @@ import jax.numpy as jnp
 
 from kdseg.networks import layers
 
-# Inner programs that resize, by name: this project's and `jax.image`'s. On some
-# backends, and in some versions, they are products with a matrix of weights.
+# Names of the functions that resize, this project's and `jax.image`'s. On some
+# backends, and in some versions, they multiply with a matrix of weights.
 _RESIZING = ("upsample_2x", "resize_bilinear", "_resize")
 
 
 def count_macs(network: nn.Module, *, size: int) -> int:
   """Counts the multiply-accumulates of one forward pass of one image.
 
-  Those of convolutions and matrix products; norms, activations, pooling and
-  resizing are left out, as is usual, but for PSPNet's pooling into cells of
-  uneven size, which is a product. FLOPs are twice as many.
+  Convolutions and matrix products count; norms, activations, pooling and
+  resizing do not, as is usual, except PSPNet's pooling into cells of uneven
+  size, which is a matrix product. FLOPs are twice as many.
 
   Args:
     network: called as `network(image, train=False)`.
@@ -40,8 +40,7 @@ def count_macs(network: nn.Module, *, size: int) -> int:
     nonlocal shifted
     out = call(*arguments, **keywords)
     module = context.module
-    # On a CPU this layer is no convolution in the program, but shifts and
-    # elementwise products.
+    # On a CPU the program has shifts and elementwise products for this layer.
     if isinstance(module, layers.DepthwiseConv) and (
       layers.implementation_for_backend(module.implementation) == "cpu"
     ):
@@ -53,7 +52,8 @@ def count_macs(network: nn.Module, *, size: int) -> int:
 
   def forward(variables: Any, image: jax.Array) -> Any:
     with nn.intercept_methods(watch):
-      return network.apply(variables, image, train=False)["logits"]
+      out: Any = network.apply(variables, image, train=False)
+    return out["logits"]
 
   program = jax.make_jaxpr(forward)(variables, image)
   return _count(program.jaxpr) + shifted

@@ -259,7 +259,7 @@ def _initial_state(
   keep_average: bool,
 ) -> TrainState:
   """Draws the state before the first step, on the CPU; see `make_state`."""
-  with jax.default_device(networks.processor()):
+  with jax.default_device(networks.cpu()):
     rng = jax.random.key(seed)
     return state_lib.make_state(
       initialize(jax.random.fold_in(rng, 0)),
@@ -278,7 +278,7 @@ def _distiller_initializer(spec: ArmSpec) -> Callable[[jax.Array], Tree]:
     return lambda rng: {}
   shapes, grids = spec.distiller_inputs
   zeros = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
-  return networks.on_processor(
+  return networks.on_cpu(
     lambda rng: distiller.init(rng, zeros, grids).get("params", {})
   )
 

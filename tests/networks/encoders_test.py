@@ -6,6 +6,7 @@ import pytest
 
 from kdseg.networks.encoders import efficientnet_lite
 from kdseg.networks.encoders import pretrained
+from kdseg.networks.encoders import torch_file
 
 # Logits 0, 125, 250, ... 875 of the whole classifier on `_picture()`, and
 # their maximum: efficientnet-lite-pytorch 0.1.0 in PyTorch 2.13.0, one thread,
@@ -42,9 +43,7 @@ def _picture():
 
 def _classifier_logits(variant, features):
   """The head the encoder leaves out, in float64 numpy, from the same file."""
-  state = pretrained.read_legacy_torch(
-    pretrained.efficientnet_lite_file(variant)
-  )
+  state = torch_file.read(pretrained.efficientnet_lite_file(variant))
   kernel = state["_conv_head.weight"][:, :, 0, 0].astype(np.float64)
   x = np.asarray(features, np.float64) @ kernel.T
   mean, var = state["_bn1.running_mean"], state["_bn1.running_var"]

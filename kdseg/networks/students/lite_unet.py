@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from kdseg.networks import layers
 from kdseg.networks.encoders import efficientnet_lite
+from kdseg.networks.encoders import pretrained
 
 Array = jax.Array
 
@@ -34,6 +35,10 @@ class LiteUNet(nn.Module):
   drop_rate: float = 0.0
   dtype: Any = jnp.float32
   axis_name: str | None = None
+
+  def published_weights(self) -> pretrained.Weights:
+    """Yields the encoder's ImageNet weights and its path."""
+    yield pretrained.load_efficientnet_lite("lite0", self.stages), ("encoder",)
 
   @nn.compact
   def __call__(self, image: Array, train: bool = False) -> dict[str, Array]:

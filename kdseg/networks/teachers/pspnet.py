@@ -10,6 +10,7 @@ import numpy as np
 
 from kdseg.networks import layers
 from kdseg.networks.encoders import efficientnet_lite
+from kdseg.networks.encoders import pretrained
 
 Array = jax.Array
 
@@ -83,6 +84,10 @@ class PSPNet(nn.Module):
   drop_rate: float = 0.0
   dtype: Any = jnp.float32
   axis_name: str | None = None
+
+  def published_weights(self) -> pretrained.Weights:
+    """Yields the encoder's ImageNet weights and its path."""
+    yield pretrained.load_efficientnet_lite(self.encoder_variant), ("encoder",)
 
   @nn.compact
   def __call__(self, image: Array, train: bool = False) -> dict[str, Array]:

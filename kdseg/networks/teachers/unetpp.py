@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from kdseg.networks import layers
 from kdseg.networks.encoders import efficientnet_lite
+from kdseg.networks.encoders import pretrained
 
 Array = jax.Array
 
@@ -64,6 +65,10 @@ class UNetPlusPlus(nn.Module):
   dtype: Any = jnp.float32
   axis_name: str | None = None
 
+  def published_weights(self) -> pretrained.Weights:
+    """Yields the encoder's ImageNet weights and its path."""
+    yield pretrained.load_efficientnet_lite(self.encoder_variant), ("encoder",)
+
   @nn.compact
   def __call__(self, image: Array, train: bool = False) -> dict[str, Any]:
     """Segments `image`.
@@ -105,7 +110,7 @@ class UNetPlusPlus(nn.Module):
       x = layers.Conv(1, 1, use_bias=True, dtype=self.dtype, name=name)(x)
       return layers.upsample_2x(x.astype(jnp.float32))[..., 0]
 
-    out = {
+    out: dict[str, Any] = {
       "logits": logits(rows[0][4], "head"),
       "low": encoder_features[4],
       "high": encoder_features[8],

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 
 from kdseg.networks import layers
 from kdseg.networks.encoders import efficientnet_lite
+from kdseg.networks.encoders import pretrained
 from kdseg.networks.encoders import vit
+from kdseg.networks.encoders import vit_weights
 
 Array = jax.Array
 
@@ -78,6 +80,13 @@ class ViTUNet(nn.Module):
       dtype=self.dtype,
       axis_name=self.axis_name,
     )
+
+  def published_weights(self) -> pretrained.Weights:
+    """Yields the encoders' published weights and their paths."""
+    yield vit_weights.load_vit_small(blocks=max(self.taps)), ("encoder",)
+    if self.branch != "conv":
+      lite = pretrained.load_efficientnet_lite(self.branch)
+      yield lite, ("decoder", "encoder")
 
   def encode(self, image: Array) -> dict[str, Array]:
     """Returns what the frozen blocks make of `image`, to be computed once.
