@@ -257,9 +257,7 @@ def _scored(workdir: pathlib.Path, arm: str, seed: int) -> dict[str, str]:
 
 def _interval(rows: list[scores.Row], metric: str) -> str:
   """Returns a mean and its 95 % interval over images."""
-  found = statistics.interval_of_mean(
-    [float(row[metric]) for row in rows], over="images"
-  )
+  found = statistics.interval_of_mean([row[metric] for row in rows])
   if np.isnan(found.low):
     return f"{found.value:.4f}"
   return f"{found.value:.4f} [{found.low:.4f}, {found.high:.4f}]"

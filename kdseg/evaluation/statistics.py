@@ -29,17 +29,11 @@ _CHUNK = 1000  # resamples at a time: 1000 x 1000 images are 8 MB
 
 
 class Interval(NamedTuple):
-  """A difference or a mean, and its interval.
-
-  `low` and `high` are NaN for a single value. `over` says what was taken as a
-  sample: "seeds and images", "images" (one seed: the interval leaves out the
-  luck of training), or "seeds".
-  """
+  """A difference or a mean, and its interval; NaN for that of one value."""
 
   value: float
   low: float
   high: float
-  over: str
 
 
 class Wilcoxon(NamedTuple):
@@ -80,8 +74,8 @@ def hierarchical_bootstrap(
     level: share of the resamples between the two ends.
 
   Returns:
-    [metrics] means of method - baseline, with intervals. A single seed is not
-    resampled: `over` says so.
+    [metrics] means of method - baseline, with intervals. With one seed they
+    leave out the luck of training.
 
   Raises:
     ValueError: on other shapes, values that are not finite, or a level
@@ -103,9 +97,8 @@ def hierarchical_bootstrap(
       means[start : start + count, metric] = (by_seed * of_seeds).sum(1)
   tail = (1 - level) / 2
   ends = np.quantile(means, [tail, 1 - tail], axis=0)
-  over = "seeds and images" if seeds > 1 else "images"
   return [
-    Interval(float(value), float(low), float(high), over)
+    Interval(float(value), float(low), float(high))
     for value, low, high in zip(difference.mean((0, 1)), *ends)
   ]
 
@@ -128,9 +121,8 @@ def random_effects_interval(
     level: the promised coverage.
 
   Returns:
-    The mean difference and its interval. With one seed, the t interval over
-    images, and `over` says so; with one image, over seeds; with one of each,
-    NaN for both ends.
+    The mean difference and its interval: with one seed, the t interval over
+    images; with one image, over seeds.
 
   Raises:
     ValueError: on other shapes, values that are not finite, or a level
@@ -140,8 +132,7 @@ def random_effects_interval(
   _check_level(level)
   seeds, images = difference.shape
   if seeds == 1 or images == 1:
-    over = "images" if seeds == 1 else "seeds"
-    return interval_of_mean(difference.ravel(), level=level, over=over)
+    return interval_of_mean(difference.ravel(), level=level)
   value = difference.mean()
   by_seed, by_image = difference.mean(1), difference.mean(0)
   rest = difference - by_seed[:, None] - by_image + value
@@ -157,26 +148,17 @@ def random_effects_interval(
   half = scipy.stats.t.ppf((1 + level) / 2, freedom) * np.sqrt(
     total / difference.size
   )
-  return Interval(
-    float(value), float(value - half), float(value + half), "seeds and images"
-  )
+  return Interval(float(value), float(value - half), float(value + half))
 
 
 def interval_of_mean(
-  values: Sequence[float] | np.ndarray,
-  *,
-  level: float = 0.95,
-  over: str = "seeds",
+  values: Sequence[float] | np.ndarray, *, level: float = 0.95
 ) -> Interval:
   """Returns Student's t interval of a mean.
 
   Args:
     values: [n] finite, for example one mean Dice a seed.
     level: the promised coverage, where the values are near to normal.
-    over: what the values are, for the reader.
-
-  Returns:
-    The mean and its interval; NaN for both ends of a single value.
 
   Raises:
     ValueError: on no value, another shape, values that are not finite, or a
@@ -190,13 +172,13 @@ def interval_of_mean(
     raise ValueError(f"not all values are finite: {values}")
   mean = float(values.mean())
   if values.size == 1:
-    return Interval(mean, float("nan"), float("nan"), over)
+    return Interval(mean, float("nan"), float("nan"))
   half = float(
     scipy.stats.t.ppf((1 + level) / 2, values.size - 1)
     * values.std(ddof=1)
     / np.sqrt(values.size)
   )
-  return Interval(mean, mean - half, mean + half, over)
+  return Interval(mean, mean - half, mean + half)
 
 
 def wilcoxon(baseline: np.ndarray, method: np.ndarray) -> Wilcoxon:

@@ -45,17 +45,8 @@ from kdseg.report.cells import shown
 Meta = Mapping[str, Any]
 
 KEYS = (
-  "train",
-  "datasets",
-  "protocol",
-  "arms",
-  "teacher",
-  "baseline",
-  "primary",
-  "validation",
-  "groups",
-  "notes",
-  "bootstrap",
+  *("train", "datasets", "protocol", "arms", "teacher", "baseline"),
+  *("primary", "validation", "groups", "notes", "bootstrap"),
 )
 _NOT_STATED = "not stated"
 

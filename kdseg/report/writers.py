@@ -91,24 +91,16 @@ def _escape_markdown(text: str) -> str:
   return text
 
 
-_LATEX = {
+_LATEX: dict[str, str | int | None] = {
+  **{character: rf"\{character}" for character in "&%$#_{}"},
+  **{character: f"{{{character}}}" for character in "[]*"},
   "\\": r"\textbackslash{}",
-  "&": r"\&",
-  "%": r"\%",
-  "$": r"\$",
-  "#": r"\#",
-  "_": r"\_",
-  "{": r"\{",
-  "}": r"\}",
   "~": r"\textasciitilde{}",
   "^": r"\textasciicircum{}",
   "<": r"\textless{}",
   ">": r"\textgreater{}",
   "|": r"\textbar{}",
   '"': r"\textquotedbl{}",
-  "[": "{[}",
-  "]": "{]}",
-  "*": "{*}",
   "±": r"$\pm$",
 }
 
@@ -118,6 +110,4 @@ def _latex_row(cells: Iterable[str]) -> str:
 
 
 def _escape_latex(text: str) -> str:
-  return "".join(
-    _LATEX.get(character, character) for character in " ".join(text.split())
-  )
+  return " ".join(text.split()).translate(str.maketrans(_LATEX))
