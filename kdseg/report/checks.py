@@ -2,12 +2,17 @@
 
 from collections.abc import Sequence
 
+from kdseg.data import sets
 from kdseg.report import meta as meta_lib
 from kdseg.report.arms import ArmScores
 from kdseg.report.comparisons import Comparison
 from kdseg.report.meta import Meta
 
 GATE = 0.02  # Dice between teacher and student without distillation
+
+OFFICIAL = frozenset(
+  builder.test_name for builder in sets.BUILDERS.values() if builder.official
+)
 
 
 def check_gates(
@@ -52,7 +57,7 @@ def check_levels(
   """Warns of scores on the real test sets that are too good or too bad."""
   warnings = []
   for arm in arms:
-    if arm.dataset != "isic2016_test":
+    if arm.dataset != sets.Isic2016.test_name:
       continue
     dice = arm.mean("dice")
     if dice > 0.945:
@@ -78,7 +83,7 @@ def check_levels(
   for comparison in comparisons:
     gain = comparison.intervals["dice"].value
     baseline = meta_lib.baseline_of(comparison.arm, meta)
-    real = comparison.dataset in ("isic2016_test", "ph2")
+    real = comparison.dataset in OFFICIAL
     if comparison.baseline == baseline and real and gain > 0.03:
       warnings.append(
         f"{comparison.arm} gains {gain:.4f} Dice over {comparison.baseline} "
