@@ -459,9 +459,7 @@ def test_a_compile_cache_that_does_not_work_is_a_warning(
 def test_a_step_has_to_be_finite_and_to_repeat_its_bits(
   monkeypatch, change, backend, levels
 ):
-  good = trial.Trial(
-    loss=1.0, same=True, images=4, compile_seconds=2.0, step_seconds=0.005
-  )
+  good = trial.Trial(1.0, True, compile_seconds=2.0, step_seconds=0.005)
   monkeypatch.setattr(trial, "try_step", lambda size: good._replace(**change))
   monkeypatch.setattr(jax, "default_backend", lambda: backend)
   found = list(trial.check_training())
@@ -474,5 +472,4 @@ def test_a_real_step_is_finite_and_repeats_its_bits():
   result = trial.try_step(32)
   assert math.isfinite(result.loss)
   assert result.same
-  assert result.images == 4 * jax.local_device_count()
   assert result.compile_seconds > result.step_seconds > 0
