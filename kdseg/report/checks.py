@@ -27,12 +27,11 @@ def check_gates(
     if not meta_lib.is_baseline(student.arm, meta):
       continue
     if not teachers:
-      lines.append(
-        f"Gate: unknown for {student.arm}; no teacher was scored that knows "
-        "anything."
-        if meta.get("teacher") == ""
-        else f"Gate: unknown for {student.arm}; no teacher was scored."
+      untrained = meta.get("teacher") == ""
+      why = (
+        "the teacher was not trained" if untrained else "no teacher was scored"
       )
+      lines.append(f"Gate: unknown for {student.arm}; {why}.")
     for teacher in teachers:
       gap = teacher.mean("dice") - student.mean("dice")
       # The difference of two means of decimals: .02 must count as .02.

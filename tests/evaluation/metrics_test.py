@@ -150,7 +150,7 @@ class TestOverlap:
 
 
 class TestEmptyMask:
-  def test_nothing_found_where_nothing_is_scores_perfectly(self):
+  def test_two_empty_masks_score_perfectly(self):
     nothing = np.zeros((6, 8), bool)
     got = metrics.score(nothing, nothing)
     for name in (
@@ -285,9 +285,7 @@ class TestBoundary:
     assert got["boundary_iou"] == pytest.approx(shared / (364 + 420 - shared))
 
   @pytest.mark.parametrize(("top", "left"), [(0, 0), (0, 30), (44, 44)])
-  def test_where_the_lesion_lies_and_how_far_the_frame_is_changes_nothing(
-    self, top, left
-  ):
+  def test_the_place_of_the_lesion_changes_nothing(self, top, left):
     # Touching the frame or not: the contour is closed along it.
     rng = np.random.default_rng(3)
     one, other = blobs(rng, 20, 20), blobs(rng, 20, 20)
@@ -388,7 +386,9 @@ class TestResize:
 
 class TestBadInput:
   @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-  def test_what_is_not_finite_is_refused_with_its_place(self, value):
+  def test_a_probability_that_is_not_finite_is_refused_with_its_place(
+    self, value
+  ):
     probability = np.zeros((4, 5))
     probability[2, 3] = value
     with pytest.raises(ValueError, match="row 2, column 3"):

@@ -404,6 +404,6 @@ class TestBadInput:
       bootstrap(*arms(2, 3), resamples=0, seed=0)
 
   @pytest.mark.parametrize("bad", [[], [1.0, math.inf], [[1.0]]])
-  def test_no_mean_of_nothing_or_of_infinities(self, bad):
+  def test_a_mean_of_no_value_or_of_infinities_is_refused(self, bad):
     with pytest.raises(ValueError, match=r"finite|at least one"):
       statistics.interval_of_mean(bad)

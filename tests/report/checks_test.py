@@ -37,11 +37,11 @@ class TestGate:
     got = summary.summarize(make_arm(NONE, 0.89), FAST)
     assert "unknown" in got.gates["isic2016_test"][0]
 
-  def test_a_teacher_that_knows_nothing_need_not_be_ahead(self):
+  def test_an_untrained_teacher_leaves_it_unknown(self):
     rows = make_arm(TEACHER, 0.3, seeds=1) + make_arm(NONE, 0.89)
     got = summary.summarize(rows, {**FAST, "teacher": ""})
     assert got.gates["isic2016_test"] == (
-      f"Gate: unknown for {NONE}; no teacher was scored that knows anything.",
+      f"Gate: unknown for {NONE}; the teacher was not trained.",
     )
     assert not [w for w in got.warnings if "can show anything" in w]
 
@@ -104,7 +104,7 @@ class TestAlarms:
       [True] * alarm
     )
 
-  def test_drawn_lesions_raise_no_alarm(self):
+  def test_the_synthetic_set_raises_no_alarm(self):
     rows = make_arm(TEACHER, 0.98, dataset="synthetic_test")
     rows += make_arm(NONE, 0.5, dataset="synthetic_test")
     rows += make_arm(M2BF, 0.9, dataset="synthetic_test")

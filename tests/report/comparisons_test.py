@@ -174,7 +174,7 @@ class TestVerdicts:
     assert outside.holm is None
     assert outside.verdict == "exploratory: better"
 
-  def test_an_arm_is_set_against_what_the_family_names(self):
+  def test_an_arm_is_compared_with_the_rival_that_the_family_names(self):
     mgd = "patch_unet_50k-mgd"
     rows = make_arm(NONE, 0.85) + make_arm(M2BF, 0.89) + make_arm(mgd, 0.88)
     entry = {"dataset": "isic2016_test", "arm": M2BF, "against": mgd}
@@ -188,7 +188,7 @@ class TestVerdicts:
     # A gain over a rival says nothing of the baseline; one over it does.
     assert sum("gains" in warning for warning in summed.warnings) == 1
 
-  def test_of_several_it_is_set_against_the_best_on_validation(self):
+  def test_of_several_rivals_the_best_on_validation_is_taken(self):
     kd, mgd = "patch_unet_50k-kd", "patch_unet_50k-mgd"
     rows = make_arm(NONE, 0.85) + make_arm(M2BF, 0.89)
     # On the test set kd is the better one, and is not taken for that.
@@ -215,7 +215,7 @@ class TestVerdicts:
     assert got.holm is None
     assert got.verdict == "exploratory: better"
 
-  def test_what_an_arm_is_set_against_must_be_there(self):
+  def test_a_rival_of_the_family_that_is_not_there_is_a_warning(self):
     entry = {"dataset": "isic2016_test", "arm": M2BF, "against": "x-mgd"}
     rows = make_arm(NONE, 0.88) + make_arm(M2BF, 0.89)
     first, second = summary.summarize(

@@ -59,7 +59,7 @@ class TestProtocolLine:
 
 
 class TestMergeMeta:
-  def test_unions_what_agrees(self):
+  def test_joins_reports_that_agree(self):
     one = {"arms": {"a": {"parameters": 1}}, "notes": ["x"], "teacher": "t"}
     other = {"arms": {"b": {"parameters": 2}}, "notes": ["x", "y"]}
     assert meta.merge([one, other]) == {
@@ -69,7 +69,9 @@ class TestMergeMeta:
     }
 
   @pytest.mark.parametrize("order", [1, -1])
-  def test_a_control_of_the_teacher_takes_the_others_gate(self, order):
+  def test_an_untrained_teacher_gives_way_to_that_of_another_folder(
+    self, order
+  ):
     metas = [{"teacher": "t"}, {"teacher": ""}, {"notes": []}, {"teacher": "t"}]
     assert meta.merge(metas[::order])["teacher"] == "t"
     assert meta.merge([{"teacher": ""}] * 2)["teacher"] == ""

@@ -52,7 +52,7 @@ def path(tmp_path):
 
 
 class TestWriteAndRead:
-  def test_what_goes_in_comes_out_to_the_last_digit(self, path):
+  def test_rows_are_read_back_to_the_last_digit(self, path):
     rows = make_rows() + make_rows(seed=1)
     scores.write(path, rows)
     assert scores.read(path) == rows
@@ -160,7 +160,7 @@ class TestOlderFile:
     assert scores.read(path) == rows
 
   @pytest.mark.parametrize("name", ["dice", "true_positive", "height", "id"])
-  def test_what_the_tables_need_has_to_be_there(self, path, name):
+  def test_a_required_column_may_not_be_missing(self, path, name):
     scores.write(path, make_rows())
     drop_column(path, name)
     with pytest.raises(ValueError, match=f"missing: {name}; unknown: none"):
@@ -176,7 +176,9 @@ class TestOlderFile:
 
 class TestBadRows:
   @pytest.mark.parametrize("value", [np.nan, np.inf, None, "0.5"])
-  def test_what_is_no_number_is_refused_with_its_image(self, path, value):
+  def test_a_value_that_is_not_finite_is_refused_with_its_image(
+    self, path, value
+  ):
     rows = make_rows()
     rows[1]["dice"] = value
     with pytest.raises(ValueError, match=r"row 1 \(id b\): dice"):
@@ -245,7 +247,7 @@ class TestBadRows:
     with pytest.raises(ValueError, match=r"scores\.csv, line \d+: no CSV"):
       scores.recover(path)
 
-  def test_what_steers_a_terminal_is_escaped_in_the_message(self, path):
+  def test_control_characters_are_escaped_in_the_message(self, path):
     with pytest.raises(ValueError, match="appears twice") as error:
       scores.write(
         path, make_rows(arm="\x1b[2J", ids=("\x1b]0;x\x07", "b")) * 2

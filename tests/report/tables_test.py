@@ -123,7 +123,7 @@ class TestMarkdown:
       assert f"Protocol: {name}, n = 12" in section
       assert "751 of 900 (a subset)" in section
 
-  def test_the_difference_is_told_in_numbers_and_in_words(self, rows):
+  def test_the_difference_has_intervals_and_a_verdict(self, rows):
     text = tables.make_tables(rows, META)["table.md"]
     header, _, row = markdown_tables(text)[1]
     got = dict(zip(header, row))
@@ -199,7 +199,7 @@ class TestMissingMetric:
 
 
 @pytest.fixture(scope="module", params=NASTY)
-def nasty(request):
+def texts(request):
   """Tables of arms, a data set, a group and a note called like this."""
   name = request.param
   student = name.lstrip("-")  # what comes before the first hyphen
@@ -212,14 +212,14 @@ def nasty(request):
 
 
 class TestNames:
-  def test_no_name_adds_a_cell_or_a_line_to_markdown(self, nasty):
-    found = markdown_tables(nasty["table.md"])
+  def test_no_name_adds_a_cell_or_a_line_to_markdown(self, texts):
+    found = markdown_tables(texts["table.md"])
     assert len(found) == 5
     assert [len(table) for table in found] == [4, 3, 3, 4, 4]
     for table in found:
       assert len({len(row) for row in table}) == 1
 
-  def test_no_name_becomes_html(self, nasty):
+  def test_no_name_becomes_html(self, texts):
     tags = []
 
     class Parser(html.parser.HTMLParser):
@@ -227,33 +227,33 @@ class TestNames:
         del attrs
         tags.append(tag)
 
-    text = nasty["table.md"].replace("> **Warning", "")
+    text = texts["table.md"].replace("> **Warning", "")
     Parser().feed(text)
     assert tags == []
     assert not re.search(r"<(?!\s)", text)
 
-  def test_no_name_becomes_a_link(self, nasty):
-    text = nasty["table.md"]
+  def test_no_name_becomes_a_link(self, texts):
+    text = texts["table.md"]
     assert not re.search(r"(?<!\\)\]\(", text)
     assert "://" not in text
     assert "www." not in text
     assert "@" not in text
 
-  def test_no_cell_of_markdown_starts_a_formula(self, nasty):
-    for table in markdown_tables(nasty["table.md"]):
+  def test_no_cell_of_markdown_starts_a_formula(self, texts):
+    for table in markdown_tables(texts["table.md"]):
       for row in (table[0], *table[2:]):
         for cell in row:
           if cell[0] in "=+-@" and cell != "-":
             assert re.match(r"[+-][\d.]+($| \[)", cell)
 
-  def test_no_cell_of_csv_starts_a_formula(self, nasty):
-    for row in csv.reader(io.StringIO(nasty["table.csv"])):
+  def test_no_cell_of_csv_starts_a_formula(self, texts):
+    for row in csv.reader(io.StringIO(texts["table.csv"])):
       for cell in row:
         if cell[:1] in ("=", "+", "-", "@"):
           float(cell)
 
-  def test_no_name_is_a_command_of_latex(self, nasty):
-    text = nasty["table.tex"]
+  def test_no_name_is_a_command_of_latex(self, texts):
+    text = texts["table.tex"]
     body = "\n".join(line for line in text.split("\n") if line[:1] != "%")
     assert r"\input" not in body
     # Every special character is escaped, or is ours.
@@ -264,16 +264,16 @@ class TestNames:
     assert ours.count("{") == ours.count("}")
     assert ours.replace(r"$\pm$", "").count("$") == 0
 
-  def test_no_name_adds_a_cell_to_latex(self, nasty):
-    text = nasty["table.tex"]
+  def test_no_name_adds_a_cell_to_latex(self, texts):
+    text = texts["table.tex"]
     for block in re.findall(r"\\toprule\n(.*?)\\bottomrule", text, re.DOTALL):
       lines = [line for line in block.strip().split("\n") if "rule" not in line]
       cells = {len(re.split(r"(?<!\\)&", line)) for line in lines}
       assert len(cells) == 1
       assert all(line.endswith(r"\\") for line in lines)
 
-  def test_no_name_leaves_a_comment_of_latex(self, nasty):
-    for line in nasty["table.tex"].split("\n"):
+  def test_no_name_leaves_a_comment_of_latex(self, texts):
+    for line in texts["table.tex"].split("\n"):
       assert not line.startswith(("lines", "% two"))
 
 
@@ -364,7 +364,9 @@ class TestCommand:
       ("report.json", '{"typo": 1}', "unknown keys typo"),
     ],
   )
-  def test_says_what_is_wrong(self, workdir, capsys, file, text, words):
+  def test_the_error_says_what_is_wrong(
+    self, workdir, capsys, file, text, words
+  ):
     if text is None:
       (workdir / file).unlink()
     else:
