@@ -12,8 +12,6 @@ import pytest
 from kdseg import cli
 from kdseg.runtime import commands
 
-COMMANDS = sorted(cli.SUBCOMMANDS)
-
 
 def test_help_fits_a_screen_and_names_every_command(capsys):
   assert cli.main([]) == 0
@@ -39,15 +37,18 @@ def test_an_unknown_command_gets_the_nearest(capsys):
   assert 'did you mean "export"?' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", sorted(set(COMMANDS) - {"run"}))
+@pytest.mark.parametrize("name", cli.SUBCOMMANDS)
 def test_the_help_of_a_command_has_an_example(name, capsys):
-  with pytest.raises(SystemExit) as stop:
-    cli.main([name, "--help"])
-  assert stop.value.code == 0
-  text = capsys.readouterr().out
-  assert text.startswith(f"usage: kdseg {name}")
+  module = importlib.import_module(cli.SUBCOMMANDS[name][0])
+  text = module.__doc__
+  if name != "run":  # whose help is absl's, and begins with the docstring
+    with pytest.raises(SystemExit) as stop:
+      module.main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: kdseg {name}")
+    assert not re.search("--[a-z0-9]+_", text), text
   assert re.search(rf"^ +kdseg {name} \S", text, re.MULTILINE), text
-  assert not re.search("--[a-z0-9]+_", text), text
 
 
 @pytest.fixture
@@ -76,7 +77,6 @@ def test_run_is_the_program_with_the_same_flags(execute):
     *(sys.executable, "-m", "kdseg.main"),
     *("--config=c.py", "--host_timeout=9", "--config.a-b=(1, 2)"),
   ]
-  assert importlib.util.find_spec("kdseg.main")
 
 
 def test_run_asks_for_huge_pages_unless_the_user_has_chosen(execute):
