@@ -1,8 +1,7 @@
 """Trains teachers and students, scores and compares them.
 
   kdseg run --config configs/quickstart.py --workdir runs/quickstart
-  kdseg run --config configs/isic2016.py --workdir runs/isic2016 \\
-    --config.data.manual_dir=ARCHIVES
+  kdseg run --config configs/isic2016.py --workdir runs/isic2016 --plan
 
 The same command again resumes a run that was stopped. `python -m kdseg.main`
 takes the same flags, and leaves the environment as it is.
