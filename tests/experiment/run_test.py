@@ -290,7 +290,7 @@ def test_what_would_fail_after_hours_fails_at_once(
 
 
 @pytest.mark.parametrize(
-  "own",
+  "extensions",
   [
     extensions_lib.Extensions(terms={"fitnet": None}),
     extensions_lib.Extensions(terms={"loss": None}),
