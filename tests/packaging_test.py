@@ -41,7 +41,6 @@ LARGER = {
   "experiment.teachers.make_teacher: lines": "",
   "losses.boundary.region: lines": "",
   "runtime.devices.parallel: lines": "",
-  "runtime.preemption.on_signals: lines": "",
   "training.arms.make_arms: lines": "",
   "training.batches.make_batches: lines": "",
   "training.cached_outputs.compute: lines": "",

@@ -1,4 +1,4 @@
-"""Trees on disk: the course of a training, and finished variables."""
+"""Saves and restores trees: a training's checkpoints, a finished network."""
 
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ _LOG = logging.getLogger("kdseg")
 
 
 def _alone() -> ocp.options.MultiprocessingOptions:
-  """Says that this host reads and writes by itself, whatever others do."""
+  """Returns options for a host that reads and writes without the others."""
   index = jax.process_index()
   return ocp.options.MultiprocessingOptions(
     primary_host=index, active_processes={index}
@@ -31,7 +31,7 @@ def _alone() -> ocp.options.MultiprocessingOptions:
 
 
 class CheckpointError(RuntimeError):
-  """A checkpoint that cannot be read, or is another network's."""
+  """A checkpoint cannot be read, or is of another network."""
 
 
 def to_host(tree: Tree) -> Tree:
@@ -42,21 +42,21 @@ def to_host(tree: Tree) -> Tree:
 def open_checkpoints(
   directory: str | pathlib.Path, *, keep: int = 2
 ) -> ocp.CheckpointManager:
-  """Opens the checkpoints of a training; to be used in a `with` statement.
+  """Opens the checkpoints of a training, for use in a `with` statement.
 
-  Saving is atomic: a process killed in the middle leaves the checkpoints
-  before it whole.
+  Saving is atomic: a process killed meanwhile leaves the earlier checkpoints
+  whole.
 
   Args:
     directory: made if it is missing.
-    keep: how many of the latest to keep; the second is there for the case
-      that the first is damaged.
+    keep: how many of the latest to keep; a second one serves if the latest is
+      damaged.
 
   Raises:
     WriteError: if the directory cannot be made.
   """
   directory = pathlib.Path(directory).absolute()
-  # Orbax makes none for a part of the hosts.
+  # With `active_processes`, Orbax does not make it.
   with files.writing(directory):
     directory.mkdir(parents=True, exist_ok=True)
   return ocp.CheckpointManager(
@@ -64,7 +64,7 @@ def open_checkpoints(
     options=ocp.CheckpointManagerOptions(
       max_to_keep=keep,
       create=False,
-      # Of saves that were killed, or that a full disk ended.
+      # Left by saves that were killed, or that a full disk ended.
       cleanup_tmp_directories=True,
       enable_async_checkpointing=False,
       multiprocessing_options=_alone(),
@@ -99,12 +99,12 @@ def restore_latest(
 ) -> tuple[int, Tree, dict[str, Any]] | None:
   """Returns (step, tree of numpy arrays, extra) of the latest whole one.
 
-  A damaged checkpoint is named in the log, and the one before it is used. It
-  is put aside then, as "damaged-STEP": a training that goes on from an earlier
-  step comes to this one again, and has to save it.
+  A damaged checkpoint is named in the log and renamed to "damaged-STEP", and
+  the one before it is used: a training that resumes from an earlier step
+  reaches that step again, and has to save it.
 
   Raises:
-    WriteError: if it cannot be put aside.
+    WriteError: if it cannot be renamed.
     CheckpointError: if there are checkpoints, and none can be read.
   """
   steps = sorted(manager.all_steps(), reverse=True)
@@ -150,8 +150,7 @@ def save_variables(
 ) -> None:
   """Writes a finished network: `variables/`, then `about.json`.
 
-  `about.json` comes last and whole, so that its presence says that the rest is
-  there.
+  `about.json` is written last and whole: where it exists, the rest does.
 
   Raises:
     WriteError: if the disk is full.
@@ -167,7 +166,7 @@ def save_variables(
 
 
 def is_finished(directory: str | pathlib.Path) -> bool:
-  """Whether `save_variables` has finished there."""
+  """Returns whether `save_variables` has finished there."""
   return (pathlib.Path(directory) / "about.json").exists()
 
 
@@ -181,7 +180,7 @@ def load_variables(
     expected: a tree of arrays or shapes that the variables must match.
 
   Raises:
-    CheckpointError: if nothing finished is there, or it is another network's.
+    CheckpointError: if no finished network is there, or it is another one.
   """
   directory = pathlib.Path(directory).absolute()
   if not is_finished(directory):
@@ -204,7 +203,7 @@ def load_variables(
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
-  """Returns {path: leaf}: a form in which no empty node or type is lost."""
+  """Returns {path: leaf}, which Orbax stores without losing types or nodes."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {
     jax.tree_util.keystr(path, simple=True, separator="/"): leaf
@@ -213,7 +212,7 @@ def flatten(tree: Tree) -> dict[str, Any]:
 
 
 def unflatten(flat: Mapping[str, Any], like: Tree, where: str) -> Tree:
-  """Undoes `flatten`, in the structure of `like`.
+  """Inverts `flatten`, with the structure of `like`.
 
   Raises:
     CheckpointError: that names the first leaf of another name or shape.
@@ -233,10 +232,10 @@ def unflatten(flat: Mapping[str, Any], like: Tree, where: str) -> Tree:
 
 
 def check_match(tree: Tree, expected: Tree, where: str) -> None:
-  """Compares names and shapes of two trees.
+  """Checks that two trees have the same names and shapes.
 
   Raises:
-    CheckpointError: that names the first leaf which differs.
+    CheckpointError: that names the first leaf of another name or shape.
   """
   unflatten(flatten(tree), expected, where)
 
@@ -253,7 +252,8 @@ def write_json(path: str | pathlib.Path, value: Any) -> None:
 def append_json_line(path: str | pathlib.Path, record: Any) -> None:
   """Appends one record to a JSON-lines file, whole or not at all.
 
-  Half a line, which is what a process leaves that was killed as it wrote, goes.
+  Half a line at the end, left by a process that was killed while writing, is
+  removed.
 
   Raises:
     WriteError: if the disk is full.
@@ -263,7 +263,7 @@ def append_json_line(path: str | pathlib.Path, record: Any) -> None:
     end = _end_of_lines(file)
     file.truncate(end)
     try:
-      # A disk that fills up meanwhile takes a part, and says so by the number.
+      # On a disk that fills up, `write` returns less and raises nothing.
       if file.write(line) < len(line):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError:

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and what to say if a disk refuses."""
+"""Writes files whole or not at all, and says why a disk refuses to."""
 
 from collections.abc import Iterator
 import contextlib
@@ -17,18 +17,19 @@ _IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 
 
 class WriteError(OSError):
-  """A file or folder that cannot be written; says which, why, what to do."""
+  """A file or folder cannot be written; says which, why and what to do."""
 
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
-  """Names what is written, if the disk is full or refuses, or has no place.
+  """Turns errors of writing into one that names the file and the cause.
 
   Args:
-    path: the file or the folder.
+    path: the file or the folder that the `with` block writes.
 
   Raises:
-    WriteError: in the place of such an error; others pass.
+    WriteError: if the disk is full or read-only, permission is missing, or a
+      file is where a folder has to be; other errors pass.
   """
   path = pathlib.Path(path)
   try:
@@ -57,12 +58,12 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-  """Yields a file that gets its name once all is in it.
+  """Yields a file that replaces `path` at the end of the `with` block.
 
-  After an error nothing of it is left, and an earlier file of that name stays.
+  An error removes it, and leaves an earlier file of that name as it was.
 
   Args:
-    path: where to; its folder has to exist.
+    path: of the file, in an existing folder.
 
   Raises:
     WriteError: see `writing`.
@@ -81,7 +82,7 @@ def whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-  """Writes UTF-8, whole or not at all; what no UTF-8 can say, escaped.
+  """Writes UTF-8, whole or not at all; escapes what UTF-8 cannot encode.
 
   Raises:
     WriteError: see `writing`.
@@ -91,18 +92,19 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def _code(error: Exception) -> int | None:
-  """Returns the number of the system's error that an exception tells of."""
+  """Returns the errno that an exception reports, None if it reports none."""
   if isinstance(error, OSError):
     return error.errno
-  # Libraries in C++ only tell of it in words, whatever class they choose.
+  # Libraries in C++ put the system's text in exceptions of any class.
   found = [code for code in _FULL if os.strerror(code) in str(error)]
   return found[0] if found else None
 
 
 def _concerns(error: Exception, path: pathlib.Path) -> bool:
-  """Whether it is about `path`, not about what is read on the way."""
-  if getattr(error, "filename", None) is None:
+  """Returns whether an error is about `path`, not about a file that is read."""
+  filename = getattr(error, "filename", None)
+  if filename is None:
     return True
-  named = pathlib.Path(os.fsdecode(error.filename)).absolute()
+  named = pathlib.Path(os.fsdecode(filename)).absolute()
   path = path.absolute()
   return named.is_relative_to(path.parent) or path.is_relative_to(named)

@@ -1,8 +1,8 @@
-"""Several hosts that work on one run: who writes, and how all stay agreed.
+"""Several hosts that train one run: joining, agreeing, ending.
 
-Every host runs the same program on its share of each batch. The first alone
-reads and writes the workdir; what it found there it tells the others, so that
-they need no disk in common. On one host all of this does nothing.
+Every host runs the same program on its share of each batch. Only the first
+reads and writes the workdir; it sends what it reads to the others, which so
+need no common disk. On one host all of this does nothing.
 """
 
 from collections.abc import Callable
@@ -22,17 +22,16 @@ import safetensors.numpy
 
 T = TypeVar("T")
 
-# After which a host that no longer answers is taken for dead, and the others
-# stop with an error.
+# Until a silent host is considered dead, and the others stop with an error.
 TIMEOUT_SECONDS = 100
-# How many calls of a shared question are answered by one exchange.
+# Calls of `share_question`'s function from one exchange to the next.
 ASK_EVERY = 20
-# Noted on an error of the first host that the others have heard of.
+# A note on those errors of the first host that the others know of.
 _TOLD = "The other hosts were told."
 
 
 class HostError(RuntimeError):
-  """The first host cannot go on, so no other can."""
+  """The hosts cannot continue together."""
 
 
 def start(
@@ -42,17 +41,17 @@ def start(
   *,
   timeout: int = TIMEOUT_SECONDS,
 ) -> None:
-  """Joins the hosts of a run; before anything else of JAX.
+  """Joins the hosts of a run; call it before any other function of JAX.
 
   Args:
     coordinator: HOST:PORT of the first host. Empty where JAX finds all three
-      by itself: TPU pods, SLURM, Open MPI.
+      itself: TPU pods, SLURM, Open MPI.
     count: of hosts.
     index: of this one, from 0.
-    timeout: seconds until a silent host is taken for dead.
+    timeout: seconds until a silent host is considered dead.
 
   Raises:
-    HostError: if they do not come together.
+    HostError: if they do not connect.
   """
   given: dict[str, Any] = {}
   if coordinator:
@@ -61,7 +60,7 @@ def start(
       "num_processes": count,
       "process_id": index,
     }
-  # Read before the backend is there, and only by CPUs.
+  # Read when the backend starts, and only by that of CPUs.
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   try:
     jax.distributed.initialize(
@@ -71,36 +70,36 @@ def start(
     )
   except (RuntimeError, ValueError) as error:
     raise HostError(
-      f"the hosts of this run do not come together: {error}; every host needs "
+      f"the hosts of this run do not connect: {error}; every host needs "
       "the same --coordinator HOST:PORT and --hosts, and its own --host, from 0"
     ) from error
 
 
 def is_first() -> bool:
-  """Whether this host is the one that writes."""
+  """Returns whether this host is the one that writes."""
   return jax.process_index() == 0
 
 
 def are_many() -> bool:
-  """Whether the run has other hosts."""
+  """Returns whether the run has other hosts."""
   return jax.process_count() > 1
 
 
 def end(error: BaseException, message: str = "") -> NoReturn:
   """Ends this process after an error, with exit code 1.
 
-  Python's own end waits for the other hosts, up to five minutes, and they wait
-  for this one's part of a sum; so it only ends like that if they know of the
-  error. Otherwise that its connections break tells them.
+  Python's own exit waits up to five minutes for the other hosts, which wait for
+  this one's part of a sum, so it serves only if they know of the error.
+  Otherwise the process ends at once: its broken connections stop the others.
 
   Args:
-    error: why.
-    message: says it all; empty: the traceback does.
+    error: the cause.
+    message: printed in place of the traceback, unless it is empty.
   """
   known = isinstance(error, HostError) or _TOLD in getattr(
     error, "__notes__", ()
   )
-  # Not `are_many` alone, which would start a backend that is not there yet.
+  # Not `are_many` alone, which would start a backend where there is none yet.
   if known or not (jax.distributed.is_initialized() and are_many()):
     if message:
       sys.exit(message)
@@ -110,8 +109,8 @@ def end(error: BaseException, message: str = "") -> NoReturn:
   else:
     traceback.print_exception(error)
     print(
-      "kdseg: one of several hosts ends with this error; where it speaks of a "
-      "connection, another ended before, and says why",
+      "kdseg: one of several hosts ends with this error; if it is about a "
+      "connection, another host has ended before, and its log says why",
       file=sys.stderr,
     )
   sys.stdout.flush()
@@ -120,36 +119,36 @@ def end(error: BaseException, message: str = "") -> NoReturn:
 
 
 def on_first(function: Callable[[], T]) -> T:
-  """Calls a function on the first host; returns what it returned, on all.
+  """Calls a function on the first host; returns its result on all.
 
   Args:
-    function: returns what JSON can say.
+    function: returns a value that JSON can encode.
 
   Raises:
     HostError: on the others, if it raised on the first.
   """
   if not are_many():
     return function()
-  answer: dict[str, Any] = {}
+  result: dict[str, Any] = {}
   failed: Exception | None = None
   if is_first():
     try:
-      answer = {"value": function()}
-    except Exception as error:  # Whatever it is, the others wait for an answer.
+      result = {"value": function()}
+    except Exception as error:  # The others wait for a result, whatever it is.
       error.add_note(_TOLD)
-      failed, answer = error, {"error": f"{type(error).__name__}: {error}"}
-  answer = json.loads(_from_first(json.dumps(answer).encode()))
+      failed, result = error, {"error": f"{type(error).__name__}: {error}"}
+  result = json.loads(_from_first(json.dumps(result).encode()))
   if failed is not None:
     raise failed
-  if "error" in answer:
-    raise HostError(f"the first host stopped: {answer['error']}")
-  return answer["value"]
+  if "error" in result:
+    raise HostError(f"the first host stopped: {result['error']}")
+  return result["value"]
 
 
 def arrays_of_first(
   function: Callable[[], Mapping[str, Any]],
 ) -> dict[str, np.ndarray]:
-  """Calls a function on the first host; returns its arrays by name, on all."""
+  """Calls a function on the first host; returns its named arrays on all."""
   if not are_many():
     return dict(function())
   content = b""
@@ -159,7 +158,7 @@ def arrays_of_first(
 
 
 def pack_arrays(arrays: Mapping[str, Any]) -> bytes:
-  """Returns arrays of any shape as bytes that safetensors reads."""
+  """Returns named arrays of any shape as the bytes of a safetensors file."""
   # Not `ascontiguousarray`, which gives a scalar an axis.
   return safetensors.numpy.save(
     {name: np.asarray(array, order="C") for name, array in arrays.items()}
@@ -167,7 +166,7 @@ def pack_arrays(arrays: Mapping[str, Any]) -> bytes:
 
 
 def gather(value: Any) -> list[Any]:
-  """Returns what every host says, in order; what JSON can say."""
+  """Returns the values of all hosts, in order; JSON has to encode them."""
   if not are_many():
     return [value]
   content = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -182,10 +181,10 @@ def gather(value: Any) -> list[Any]:
 
 
 def share_question(ask: Callable[[], bool]) -> Callable[[], bool]:
-  """Returns a question that all hosts answer alike: yes if any would.
+  """Returns a function that is true on all hosts where it would be on any.
 
-  All of them have to ask it equally often. They speak to each other at every
-  `ASK_EVERY`-th time only, and it is no in between.
+  All hosts have to call it equally often. They exchange values at every
+  `ASK_EVERY`-th call only; the calls between return False.
   """
   if not are_many():
     return ask

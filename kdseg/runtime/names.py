@@ -1,23 +1,23 @@
-"""Names that people type, held against the names there are."""
+"""Checks names of a config, and suggests the nearest known one."""
 
 from collections.abc import Iterable
 import difflib
 
 
 class UnknownNameError(ValueError):
-  """A name in a config that nothing answers to."""
+  """A config uses a name that does not exist."""
 
 
 def check_known(what: str, names: Iterable[str], known: Iterable[str]) -> None:
-  """Holds `names` against `known`.
+  """Checks that all of `names` are known.
 
   Args:
-    what: what they are names of, for the message.
+    what: the kind of thing they name, for the message.
     names: as typed.
-    known: all there are.
+    known: all names of that kind.
 
   Raises:
-    UnknownNameError: on the first that is not known, with the nearest that is.
+    UnknownNameError: that suggests the known name nearest to the first unknown.
   """
   known = list(known)
   for name in names:

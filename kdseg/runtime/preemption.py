@@ -1,12 +1,13 @@
-"""Stopping a run when asked to, with what was done saved.
+"""Stops a run at a signal, after saving what was done.
 
 Preemptible machines and schedulers send SIGTERM some seconds before they take
-the machine; a person presses Ctrl-C. Inside `on_signals` the first of either
-only leaves word; whoever works asks now and then, saves and raises
+the machine; a person presses Ctrl-C. Inside `on_signals` the first signal only
+sets a flag; the training loop polls it after each step, saves and raises
 `StoppedError`. A second signal ends the process at once.
 """
 
 from collections.abc import Callable
+from collections.abc import Container
 from collections.abc import Iterator
 import contextlib
 import logging
@@ -19,72 +20,57 @@ from typing import Any
 
 _LOG = logging.getLogger("kdseg")
 
-# EX_TEMPFAIL of sysexits.h, "try again": what to restart on.
+# EX_TEMPFAIL of sysexits.h, "try again": launchers restart a run on it.
 EXIT_CODE = 75
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# Seconds; a person who presses Ctrl-C again takes longer.
+# Seconds; a person takes longer to press Ctrl-C again.
 ECHO = 0.3
 
 Stop = Callable[[], bool]
 
 
 class StoppedError(RuntimeError):
-  """A run that was asked to stop, and can be continued."""
+  """A signal stopped the run; the same command continues it."""
 
 
 def never() -> bool:
-  """Says that nobody asked."""
+  """Returns False: the `Stop` of a run that no signal can stop."""
   return False
 
 
 @contextlib.contextmanager
 def on_signals() -> Iterator[Stop]:
-  """Yields a function that says whether SIGTERM or SIGINT came.
+  """Yields a function that returns whether SIGTERM or SIGINT has arrived.
 
-  A second one ends the process, with the exit code of a shell, 128 and the
-  signal's number: nothing that is being written is lost by that, see
-  `docs/failures.md`. What comes within `ECHO` seconds of the first is the same
-  one, which a scheduler and a launch script both passed on.
+  A second signal ends the process, with the exit code of a shell, 128 and the
+  signal's number; every file is written whole or not at all, so this loses
+  nothing. A signal within `ECHO` seconds of the first is the same one, which a
+  scheduler and a launch script have both passed on.
 
-  Outside the main thread, where Python lets nobody listen to signals, it never
-  does; nor of a signal that was ignored before, as Ctrl-C is in the background
-  of a shell.
+  A signal that was ignored before stays ignored, as Ctrl-C is in the background
+  of a shell. Outside the main thread, where Python handles no signals, the
+  function returns False.
   """
   if threading.current_thread() is not threading.main_thread():
     yield never
     return
-  # No threading.Event: a handler may be interrupted by another.
+  # Not a threading.Event, whose lock a second handler would wait for for ever.
   asked = False
 
-  def note(number: int, frame: Any) -> None:
+  def note(*unused: Any) -> None:
     nonlocal asked
-    del number, frame
     asked = True
 
-  def watch() -> None:
-    # Python calls handlers between its own instructions alone: of a main thread
-    # that waits for a compiler, or for a host that hangs, nobody would hear.
-    nonlocal asked
-    first = None
-    while received := ours.recv(1):
-      now = time.monotonic()
-      if received[0] not in before or (first and now - first < ECHO):
-        continue
-      if first:
-        said = _say(os.write, 2, b"kdseg: ended; the same command continues\n")
-        said.join(1)
-        os._exit(128 + received[0])
-      first, asked = now, True
-      _say(
-        _LOG.warning,
-        "%s: stopping as soon as what was done is saved; once more stops at "
-        "once",
-        signal.Signals(received[0]).name,
-      )
-
+  handlers = {
+    number: signal.getsignal(number)
+    for number in SIGNALS
+    if signal.getsignal(number) != signal.SIG_IGN
+  }
   ours, theirs = socket.socketpair()
   theirs.setblocking(False)
-  watcher = threading.Thread(target=watch, name="signals", daemon=True)
+  watcher = threading.Thread(
+    target=_watch, args=(ours, handlers, note), name="signals", daemon=True
+  )
 
   def end_watch() -> None:
     theirs.close()
@@ -94,22 +80,52 @@ def on_signals() -> Iterator[Stop]:
 
   with contextlib.ExitStack() as stack:
     stack.callback(end_watch)
-    before = {
-      number: signal.getsignal(number)
-      for number in SIGNALS
-      if signal.getsignal(number) != signal.SIG_IGN
-    }
     watcher.start()
     woken = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
     stack.callback(signal.set_wakeup_fd, woken)
-    for number, handler in before.items():
+    for number, handler in handlers.items():
       signal.signal(number, note)
       stack.callback(signal.signal, number, handler)
     yield lambda: asked
 
 
-def _say(function: Callable[..., Any], *arguments: Any) -> threading.Thread:
-  """Calls what may wait for a reader for ever, or find none, on the side."""
+def _watch(
+  received: socket.socket,
+  handled: Container[int],
+  note: Callable[[], None],
+) -> None:
+  """Notes the first signal and ends the process at the second.
+
+  Runs in a thread, as Python calls handlers between its own instructions only:
+  never while the main thread waits for a compiler, or for a host that hangs.
+
+  Args:
+    received: yields each signal's number as one byte, until it is closed.
+    handled: numbers of the signals to act on.
+    note: called once.
+  """
+  first = 0.0
+  while number := received.recv(1):
+    now = time.monotonic()
+    if number[0] not in handled or (first and now - first < ECHO):
+      continue
+    if first:
+      text = b"kdseg: ended; the same command continues\n"
+      _in_background(os.write, 2, text).join(1)
+      os._exit(128 + number[0])
+    first = now
+    note()
+    _in_background(
+      _LOG.warning,
+      "%s: stopping as soon as what was done is saved; once more stops at once",
+      signal.Signals(number[0]).name,
+    )
+
+
+def _in_background(
+  function: Callable[..., Any], *arguments: Any
+) -> threading.Thread:
+  """Writes in a thread: the stream may be closed, or its reader not read."""
 
   def call() -> None:
     with contextlib.suppress(OSError):
@@ -121,14 +137,14 @@ def _say(function: Callable[..., Any], *arguments: Any) -> threading.Thread:
 
 
 def check(stop: Stop, what: str) -> None:
-  """Raises if somebody asked to stop.
+  """Raises if a signal has asked the run to stop.
 
   Args:
     stop: see `on_signals`.
-    what: was being done, for the message.
+    what: the work that is interrupted, for the message.
 
   Raises:
-    StoppedError: if `stop` says so.
+    StoppedError: if `stop` returns True.
   """
   if stop():
     raise StoppedError(

@@ -14,7 +14,7 @@ def _check(rng: Array) -> None:
 
 
 def fold_in(rng: Array, data: int) -> Array:
-  """Folds `data` into one key [], or into one key an image [B]."""
+  """Folds `data` into one key [], or into each of one key an image [B]."""
   _check(rng)
   if rng.ndim == 0:
     return jax.random.fold_in(rng, data)
@@ -26,8 +26,8 @@ def per_image(rng: Array, batch: int) -> Array:
 
   Args:
     rng: one key [], into which each image's index is folded; or one key an
-      image [B], used as it is. The latter makes an image's draw independent of
-      how a batch is split over devices.
+      image [B], used as given, which makes an image's draw independent of how a
+      batch is split over devices.
     batch: B.
 
   Returns:

@@ -78,7 +78,7 @@ def test_the_latest_two_are_kept(tmp_path):
   np.testing.assert_array_equal(tree["w"], [3, 3])
 
 
-def test_the_latest_is_that_of_most_steps_whatever_the_clock_says(
+def test_the_latest_checkpoint_is_that_of_most_steps_not_the_newest_file(
   tmp_path, monkeypatch
 ):
   for step in (1, 2):
@@ -121,7 +121,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
   assert str(tmp_path) in caplog.text
 
 
-def test_what_was_damaged_is_put_aside_and_its_step_saved_again(tmp_path):
+def test_a_damaged_checkpoint_is_renamed_and_its_step_saved_again(tmp_path):
   for again in range(2):
     for step in (4, 8):
       save(tmp_path, step, {"w": np.full(2, step)}, {"again": again})
@@ -153,7 +153,9 @@ def test_if_all_are_damaged_the_error_says_what_to_delete(tmp_path):
     (lambda s: {k: v for k, v in s.items() if k != "b"}, "b", "missing"),
   ],
 )
-def test_another_networks_is_refused_by_its_leaf(change, name, what):
+def test_a_checkpoint_of_another_network_is_refused_by_its_leaf(
+  change, name, what
+):
   like = {"a": {"kernel": np.zeros((2, 3))}, "b": np.zeros(4)}
   flat = change(checkpoint.flatten(like))
   with pytest.raises(checkpoint.CheckpointError) as error:
@@ -162,7 +164,7 @@ def test_another_networks_is_refused_by_its_leaf(change, name, what):
   assert error.match(what)
 
 
-def test_finished_variables_come_back_with_what_is_said_of_them(tmp_path):
+def test_finished_variables_come_back_with_their_description(tmp_path):
   variables = {"params": {"w": jnp.arange(3.0)}, "batch_stats": {}}
   checkpoint.save_variables(tmp_path / "x", variables, {"dice": 0.5})
   assert checkpoint.is_finished(tmp_path / "x")
@@ -180,7 +182,9 @@ def test_variables_of_another_network_are_refused_by_their_folder(tmp_path):
   assert str(tmp_path) in str(error.value)
 
 
-def test_finished_is_said_last(tmp_path, monkeypatch):
+def test_a_network_counts_as_finished_only_when_all_is_written(
+  tmp_path, monkeypatch
+):
   def interrupt(path, value):
     raise KeyboardInterrupt
 

@@ -1,7 +1,7 @@
-"""Disks that fill up: what is said, and that nothing half-written is left.
+"""On a full disk every writer says so, and leaves nothing half-written.
 
-The limit is the process's own for the size of a file, which stops every writer,
-those in C++ too, as a full disk would. A real one is in experiment_test.
+A limit on the size of this process's files stops every writer, those in C++
+too, as a full disk would. `experiment/run_test` fills a real one.
 """
 
 import contextlib
@@ -218,7 +218,7 @@ def test_the_error_says_where_and_why_and_what_to_do(code, text):
   assert str(error.value).startswith(f"runs/x cannot be written: {text}")
 
 
-def test_what_a_library_says_in_words_is_understood():
+def test_the_text_of_a_library_error_is_understood():
   refusal = pytest.raises(
     files.WriteError, match=r"^runs/x .* the disk is full"
   )
@@ -235,13 +235,13 @@ def test_what_a_library_says_in_words_is_understood():
     PermissionError(errno.EACCES, "x", "/archives/a.zip"),
   ],
 )
-def test_other_errors_stay_what_they_are(error, tmp_path):
+def test_other_errors_pass_unchanged(error, tmp_path):
   with pytest.raises(type(error)) as found, files.writing(tmp_path / "x"):
     raise error
   assert found.value is error
 
 
-def test_half_a_line_of_the_log_swallows_no_other(tmp_path):
+def test_half_a_line_of_the_log_is_removed(tmp_path):
   path = tmp_path / "log.jsonl"
   for step in (1, 2):
     checkpoint.append_json_line(path, {"step": step})
@@ -253,7 +253,7 @@ def test_half_a_line_of_the_log_swallows_no_other(tmp_path):
   assert steps == [1, 2, 3]
 
 
-def test_a_log_that_the_disk_cuts_off_ends_with_a_whole_line(tmp_path):
+def test_a_log_cut_off_by_a_full_disk_ends_with_a_whole_line(tmp_path):
   path = tmp_path / "log.jsonl"
   checkpoint.append_json_line(path, {"step": 1})
   before = path.read_bytes()

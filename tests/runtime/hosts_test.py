@@ -213,7 +213,7 @@ def test_one_host_writes(runs):
 
 @long
 @pytest.mark.parametrize("asked", [0, 1])
-def test_hosts_that_one_asks_to_stop_stop_together_and_go_on(
+def test_a_signal_to_one_host_stops_both_and_they_resume(
   brief, tmp_path, asked
 ):
   folder, data = brief
@@ -291,7 +291,7 @@ def test_an_error_of_one_host_makes_the_other_stop_soon(brief, tmp_path):
   assert time.monotonic() - failed < 60
 
 
-def test_an_error_on_one_host_ends_as_python_ends_it():
+def test_on_one_host_an_error_ends_as_in_any_python_program():
   with pytest.raises(SystemExit, match=r"^it says all$"):
     hosts.end(ValueError("x"), "it says all")
   for error in (ValueError("x"), KeyboardInterrupt()):
@@ -299,7 +299,7 @@ def test_an_error_on_one_host_ends_as_python_ends_it():
       hosts.end(error)
 
 
-def test_arrays_of_any_shape_and_order_come_through():
+def test_arrays_of_any_shape_and_order_can_be_packed():
   arrays = {
     "step": np.int32(7),
     "seed": np.zeros((), np.uint32),

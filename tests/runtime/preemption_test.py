@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop."""
+"""The first signal stops a run after saving, the second at once."""
 
 import contextlib
 import os
@@ -15,41 +15,44 @@ from kdseg.runtime import preemption
 
 @pytest.fixture(autouse=True)
 def usual_signals():
-  """As in a terminal; in the background of a shell Ctrl-C is ignored."""
+  """Handles Ctrl-C as in a terminal; background shells ignore it."""
   before = signal.signal(signal.SIGINT, signal.default_int_handler)
   yield
   signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("number", preemption.SIGNALS)
-def test_the_first_signal_only_leaves_word(number):
+def test_the_first_signal_sets_a_flag(number):
   with preemption.on_signals() as stop:
     assert not stop()
     os.kill(os.getpid(), number)
     assert stop()
 
 
-# Waits as for a compiler: outside of Python, and no signal interrupts it.
-DEAF = """
+# Waits outside of Python as for a compiler: no signal interrupts it.
+WAITING = """
 import ctypes, logging, signal, sys
-from kdseg.runtime import preemption as stopping
+from kdseg.runtime import preemption
 logging.basicConfig(stream=sys.stdout, format="%(message)s")
 # In the background of a shell it would be ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, (ctypes.c_long * 16)()
 lock(mutex)
-with stopping.on_signals():
+with preemption.on_signals():
   print("ready", flush=True)
   lock(mutex)
 """
 
 
 @contextlib.contextmanager
-def deaf(**options):
+def waiting_process(**options):
   process = subprocess.Popen(
-    [sys.executable, "-c", DEAF], stdout=subprocess.PIPE, text=True, **options
+    [sys.executable, "-c", WAITING],
+    stdout=subprocess.PIPE,
+    text=True,
+    **options,
   )
-  # Whoever reads of it waits no longer.
+  # Bounds how long a read from its pipe waits.
   late = threading.Timer(100, process.kill)
   late.start()
   try:
@@ -65,8 +68,8 @@ def deaf(**options):
   ("first", "second"),
   [("SIGINT", "SIGINT"), ("SIGTERM", "SIGINT"), ("SIGINT", "SIGTERM")],
 )
-def test_the_second_signal_ends_it_at_once_whatever_it_waits_for(first, second):
-  with deaf() as process:
+def test_the_second_signal_ends_the_process_at_once(first, second):
+  with waiting_process() as process:
     process.send_signal(signal.Signals[first])
     said = process.stdout.readline()
     assert said.startswith(f"{first}: stopping as soon as what was done is")
@@ -75,8 +78,8 @@ def test_the_second_signal_ends_it_at_once_whatever_it_waits_for(first, second):
     assert process.wait() == 128 + signal.Signals[second]
 
 
-def test_a_signal_that_is_passed_on_twice_is_one():
-  with deaf() as process:
+def test_a_signal_passed_on_twice_counts_once():
+  with waiting_process() as process:
     process.send_signal(signal.SIGTERM)
     time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
@@ -86,8 +89,8 @@ def test_a_signal_that_is_passed_on_twice_is_one():
     assert process.wait() == 128 + signal.SIGTERM
 
 
-def test_it_ends_where_nobody_reads_what_it_says():
-  with deaf(stderr=subprocess.PIPE) as process:
+def test_the_second_signal_ends_it_with_standard_error_closed():
+  with waiting_process(stderr=subprocess.PIPE) as process:
     process.stderr.close()
     for _ in range(2):
       process.send_signal(signal.SIGINT)
@@ -95,8 +98,8 @@ def test_it_ends_where_nobody_reads_what_it_says():
     assert process.wait() == 128 + signal.SIGINT
 
 
-def test_it_ends_where_what_it_says_is_not_read():
-  with deaf(stderr=subprocess.PIPE) as process:
+def test_the_second_signal_ends_it_with_a_full_pipe():
+  with waiting_process(stderr=subprocess.PIPE) as process:
     # Full: what is written next waits.
     filled = os.open(f"/proc/{process.pid}/fd/2", os.O_WRONLY | os.O_NONBLOCK)
     with contextlib.suppress(BlockingIOError):
@@ -109,7 +112,7 @@ def test_it_ends_where_what_it_says_is_not_read():
     assert process.wait() == 128 + signal.SIGINT
 
 
-def test_nothing_is_left_of_it():
+def test_threads_and_files_are_closed_at_the_end():
   files = len(os.listdir("/proc/self/fd"))
   with preemption.on_signals() as stop:
     os.kill(os.getpid(), signal.SIGTERM)
@@ -122,7 +125,7 @@ def test_nothing_is_left_of_it():
   assert signal.set_wakeup_fd(-1) == -1
 
 
-def test_a_signal_that_was_ignored_stays_so():
+def test_an_ignored_signal_stays_ignored():
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   with preemption.on_signals() as stop:
     os.kill(os.getpid(), signal.SIGINT)
@@ -130,7 +133,7 @@ def test_a_signal_that_was_ignored_stays_so():
   assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
 
-def test_afterwards_signals_are_as_before():
+def test_handlers_are_restored_at_the_end():
   before = {number: signal.getsignal(number) for number in preemption.SIGNALS}
   with preemption.on_signals():
     assert signal.getsignal(signal.SIGTERM) != before[signal.SIGTERM]
@@ -138,7 +141,7 @@ def test_afterwards_signals_are_as_before():
   assert after == before
 
 
-def test_in_another_thread_nobody_is_asked():
+def test_in_another_thread_no_signal_is_handled():
   seen = []
 
   def work():
@@ -151,7 +154,7 @@ def test_in_another_thread_nobody_is_asked():
   assert seen == [False]
 
 
-def test_the_error_says_what_was_done_and_how_to_go_on():
+def test_the_error_names_the_work_and_how_to_continue():
   preemption.check(preemption.never, "anything")
   with pytest.raises(preemption.StoppedError, match=r"while x.*same command"):
     preemption.check(lambda: True, "x")
