@@ -3,7 +3,10 @@
 Nothing here carries a gradient: a region is chosen, not trained.
 """
 
+from collections.abc import Callable
+from collections.abc import Mapping
 import math
+from typing import NamedTuple
 
 import chex
 import jax
@@ -13,20 +16,6 @@ import numpy as np
 from kdseg.runtime import rng as rng_lib
 
 Array = jax.Array
-
-REGIONS = (
-  "gt_band",
-  "teacher_band",
-  "teacher_uncertain",
-  "union",
-  "disagreement",
-  "all",
-  "none",
-  "rolled_band",
-  "interior",
-  "exterior",
-  "inv_band",
-)
 
 # A roll by whole cells of the coarsest tap (stride 16) leaves the number of
 # cells that a band meets as it was, on every tap.
@@ -61,54 +50,32 @@ def _maximum_along(x: Array, axis: int, radius: int) -> Array:
   return x
 
 
-def _dilate(x: Array, radius: int, element: str) -> Array:
-  """Maximum of `x` [B, H, W] within `radius`; beyond the frame lies -inf."""
-  if element == "square":
-    return _maximum_along(_maximum_along(x, 1, radius), 2, radius)
-  height = x.shape[1]
-  frame = ((0, 0), (radius, radius), (0, 0))
-  result = jnp.full_like(x, -jnp.inf)
-  widened: dict[int, Array] = {}
-  for row in range(-radius, radius + 1):
-    half_width = math.isqrt(radius * radius - row * row)
-    if half_width not in widened:
-      widened[half_width] = jnp.pad(
-        _maximum_along(x, 2, half_width), frame, constant_values=-jnp.inf
-      )
-    shifted = widened[half_width][:, radius + row : radius + row + height]
-    result = jnp.maximum(result, shifted)
-  return result
-
-
-def boundary_band(
-  labels: Array, *, radius: int, element: str = "square"
-) -> Array:
+def boundary_band(labels: Array, *, radius: int) -> Array:
   """Marks the pixels within `radius` of the lesion's edge, on both sides.
 
-  The morphological gradient: maximum minus minimum over a window. Beyond the
-  frame there is nothing, neither lesion nor skin, so a lesion that the frame
-  cuts has no edge along the frame.
+  The morphological gradient: maximum minus minimum over a square window of side
+  `2 * radius + 1`. Beyond the frame there is nothing, neither lesion nor skin,
+  so a lesion that the frame cuts has no edge along the frame.
 
   Args:
     labels: [B, H, W], 0 or 1.
     radius: pixels, not negative; 0 gives an empty band.
-    element: the window; "square", of side `2 * radius + 1`, or "disc", whose
-      band is about pi / 4 as large, and takes several times as long on a CPU.
 
   Returns:
     [B, H, W] float32, 0 or 1.
 
   Raises:
-    ValueError: if `labels` has no three axes, `radius` is negative, or
-      `element` is unknown.
+    ValueError: if `labels` has no three axes, or `radius` is negative.
   """
   chex.assert_rank(labels, 3, exception_type=ValueError)
   if radius < 0:
     raise ValueError(f"radius must not be negative: {radius}")
-  if element not in ("square", "disc"):
-    raise ValueError(f'element must be "square" or "disc": {element!r}')
   labels = jax.lax.stop_gradient(labels).astype(jnp.float32)
-  return _dilate(labels, radius, element) + _dilate(-labels, radius, element)
+
+  def maximum(x: Array) -> Array:
+    return _maximum_along(_maximum_along(x, 1, radius), 2, radius)
+
+  return maximum(labels) + maximum(-labels)
 
 
 def to_grid(mask: Array, height: int, width: int) -> Array:
@@ -161,6 +128,58 @@ def _roll_elsewhere(band: Array, rng: Array) -> Array:
   return jax.vmap(roll)(band, rng_lib.per_image(rng, batch))
 
 
+class _Scene(NamedTuple):
+  """What a region may depend on; see `region`."""
+
+  name: str
+  labels: Array
+  radius: int
+  teacher_logits: Array | None
+  student_logits: Array | None
+  rng: Array | None
+
+  def band(self, mask: Array | None = None) -> Array:
+    """The band of a mask, of the labels unless one is given."""
+    mask = self.labels if mask is None else mask
+    return boundary_band(mask, radius=self.radius)
+
+  def logits(self, whose: str) -> Array:
+    """The logits of "teacher" or "student"."""
+    argument = f"{whose}_logits"
+    logits: Array | None = getattr(self, argument)
+    if logits is None:
+      raise ValueError(f"region {self.name!r} needs {argument}")
+    chex.assert_equal_shape([logits, self.labels], exception_type=ValueError)
+    return jax.lax.stop_gradient(logits).astype(jnp.float32)
+
+  def mask(self, whose: str) -> Array:
+    """The lesion that "teacher" or "student" sees."""
+    return self.logits(whose) > 0
+
+  def rolled_band(self) -> Array:
+    """The band of the labels, elsewhere."""
+    if self.rng is None:
+      raise ValueError(f"region {self.name!r} needs rng")
+    return _roll_elsewhere(self.band(), self.rng)
+
+
+_REGIONS: Mapping[str, Callable[[_Scene], Array]] = {
+  "gt_band": _Scene.band,
+  "teacher_band": lambda s: s.band(s.mask("teacher")),
+  # The log-odds of .9, and of .1 with the sign changed.
+  "teacher_uncertain": lambda s: jnp.abs(s.logits("teacher")) < math.log(9.0),
+  "union": lambda s: jnp.maximum(s.band(), s.band(s.mask("teacher"))),
+  "disagreement": lambda s: s.mask("teacher") != s.mask("student"),
+  "all": lambda s: jnp.ones_like(s.labels),
+  "none": lambda s: jnp.zeros_like(s.labels),
+  "rolled_band": _Scene.rolled_band,
+  "interior": lambda s: s.labels * (1.0 - s.band()),
+  "exterior": lambda s: (1.0 - s.labels) * (1.0 - s.band()),
+  "inv_band": lambda s: 1.0 - s.band(),
+}
+REGIONS = tuple(_REGIONS)
+
+
 def region(
   name: str,
   labels: Array,
@@ -169,7 +188,6 @@ def region(
   teacher_logits: Array | None = None,
   student_logits: Array | None = None,
   rng: Array | None = None,
-  element: str = "square",
 ) -> Array:
   """Marks the pixels where features are to be hidden.
 
@@ -192,7 +210,6 @@ def region(
     teacher_logits: [B, H, W]; for those with the teacher in them.
     student_logits: [B, H, W]; for "disagreement".
     rng: one key, or one an image; for "rolled_band".
-    element: see `boundary_band`.
 
   Returns:
     [B, H, W] float32, 0 or 1.
@@ -202,44 +219,8 @@ def region(
       a shape does not fit.
   """
   chex.assert_rank(labels, 3, exception_type=ValueError)
-
-  def needed(argument: str, logits: Array | None) -> Array:
-    if logits is None:
-      raise ValueError(f"region {name!r} needs {argument}")
-    chex.assert_equal_shape([logits, labels], exception_type=ValueError)
-    return jax.lax.stop_gradient(logits).astype(jnp.float32)
-
-  def band(mask: Array) -> Array:
-    return boundary_band(mask, radius=radius, element=element)
-
+  if name not in _REGIONS:
+    raise ValueError(f"region must be one of {', '.join(REGIONS)}: {name!r}")
   labels = jax.lax.stop_gradient(labels).astype(jnp.float32)
-  if name == "gt_band":
-    return band(labels)
-  if name == "teacher_band":
-    return band(needed("teacher_logits", teacher_logits) > 0)
-  if name == "teacher_uncertain":
-    # The log-odds of .9, and of .1 with the sign changed.
-    logits = needed("teacher_logits", teacher_logits)
-    return (jnp.abs(logits) < math.log(9.0)).astype(jnp.float32)
-  if name == "union":
-    teacher = needed("teacher_logits", teacher_logits) > 0
-    return jnp.maximum(band(labels), band(teacher))
-  if name == "disagreement":
-    teacher = needed("teacher_logits", teacher_logits) > 0
-    student = needed("student_logits", student_logits) > 0
-    return (teacher != student).astype(jnp.float32)
-  if name == "all":
-    return jnp.ones_like(labels)
-  if name == "none":
-    return jnp.zeros_like(labels)
-  if name == "rolled_band":
-    if rng is None:
-      raise ValueError(f"region {name!r} needs rng")
-    return _roll_elsewhere(band(labels), rng)
-  if name == "interior":
-    return labels * (1.0 - band(labels))
-  if name == "exterior":
-    return (1.0 - labels) * (1.0 - band(labels))
-  if name == "inv_band":
-    return 1.0 - band(labels)
-  raise ValueError(f"region must be one of {', '.join(REGIONS)}: {name!r}")
+  scene = _Scene(name, labels, radius, teacher_logits, student_logits, rng)
+  return _REGIONS[name](scene).astype(jnp.float32)
