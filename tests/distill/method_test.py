@@ -4,6 +4,7 @@ from distilling import make_distiller
 from distilling import make_method
 import pytest
 
+from configs import isic2016
 from kdseg.distill import method as method_lib
 from kdseg.distill import term as term_lib
 from kdseg.distill import terms as terms_lib
@@ -169,3 +170,14 @@ def test_every_shipped_term_is_a_method():
   for name, switches in method_lib.with_shipped({}, NAMES).items():
     method = method_lib.make_method(switches)
     assert [term.name for term in method.records] == [name]
+
+
+def test_the_shipped_comparison_covers_every_rival():
+  rivals = {term.name for term in terms_lib.TERMS if term.is_rival}
+  config = isic2016.get_config("comparison")
+  [arm] = config.arms.values()
+  assert rivals <= set(arm.methods)
+  for name in rivals:
+    assert list(config.methods[name].terms) == [name]
+  _, compared = config.primary[-1]
+  assert set(compared) == rivals

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
-from kdseg.distill import extensions
 from kdseg.distill import method as method_lib
 from kdseg.distill import objective
 from kdseg.distill import term as term_lib
@@ -329,63 +329,52 @@ def test_a_term_that_is_not_asked_for_is_not_computed():
   assert set(terms) == {"kd"}
 
 
-# ----------------------------------------------------------- a user's additions
+def test_a_rolled_band_is_drawn_apart_from_what_is_hidden():
+  out, teacher_out, labels = make_outputs()
+  keys = jax.random.split(jax.random.key(0), BATCH)
+  inputs = term_lib.Inputs(
+    out, teacher_out, {}, labels, keys, make_method(region="rolled_band")
+  )
+  [found] = inputs.regions
+  at = functools.partial(
+    boundary.region, "rolled_band", labels, radius=boundary.radius_at(tiny.SIDE)
+  )
+  apart = jax.vmap(lambda key: jax.random.fold_in(key, 0x0FF5E7))(keys)
+  np.testing.assert_array_equal(found, at(rng=apart))
+  assert np.any(found != at(rng=keys))
 
 
-def add(name, loss):
-  return method_lib.make_method(
-    {"terms": {name: 2.0}}, extensions.Extensions(terms={name: loss})
+def test_taps_draw_apart():
+  keys = [
+    jax.random.key_data(terms_lib.tap_key(jax.random.key(7), tap)).tolist()
+    for tap in ("low", "high", "s16")
+  ]
+  assert len({tuple(key) for key in keys}) == 3
+
+
+def test_a_tap_draws_the_same_whatever_taps_are_beside_it():
+  both, alone = make_method(taps=("low", "high")), make_method(taps=("high",))
+  module, params = make_distiller(both)
+  given = {"module": module, "params": params}
+  np.testing.assert_array_equal(
+    distil(both, **given)["mbf_high"], distil(alone, **given)["mbf_high"]
   )
 
 
-def test_a_term_of_a_users_own_is_the_mean_of_what_it_returns():
-  method = add(
-    "mine", lambda out, teacher_out, labels, rng: jnp.array([1.0, 3.0])
-  )
-  assert distil(method) == {"mine": 2.0}
-  assert method.term_names == {"mine": ("mine",)}
-  assert method.balanced_names == ()
-
-
-def test_a_term_of_a_users_own_moves_no_teacher():
-  def loss(out, teacher_out, labels, rng):
-    return jnp.mean(out["logits"] * teacher_out["logits"], (1, 2))
-
+def test_each_tap_has_its_own_teacher_std():
   _, teacher_out, _ = make_outputs()
-  gradient = jax.grad(
-    lambda logits: distil(
-      add("mine", loss), teacher_out={**teacher_out, "logits": logits}
-    )["mine"]
-  )(teacher_out["logits"])
-  assert not gradient.any()
+  scale = {"low": 2.0, "high": 4.0}
+  std = {t: jnp.full(teacher_out[t].shape[-1], s) for t, s in scale.items()}
+  scaled = {t: teacher_out[t] / s for t, s in scale.items()}
+  method = make_method("m2bf")
+  module, params = make_distiller(method)
+  given = {"module": module, "params": params}
+  found = distil(make_method("m2bf", normalise="std"), teacher_std=std, **given)
+  expected = distil(method, teacher_out={**teacher_out, **scaled}, **given)
+  for name in expected:
+    np.testing.assert_allclose(found[name], expected[name], rtol=1e-5)
 
 
-def test_a_term_of_a_users_own_gets_a_key_an_image():
-  seen = []
-  add_up = lambda out, teacher_out, labels, rng: (  # noqa: E731
-    seen.append(rng.shape) or jax.vmap(jax.random.uniform)(rng)
-  )
-  first, other = (distil(add("mine", add_up), seed=s)["mine"] for s in (0, 1))
-  assert seen == [(BATCH,), (BATCH,)]
-  assert first != other
-
-
-def test_a_term_of_a_users_own_without_a_value_an_image_is_refused():
-  with pytest.raises(ValueError, match=r"mine gives \(\), not one value an im"):
-    distil(add("mine", lambda out, teacher_out, labels, rng: jnp.zeros(())))
-
-
-def test_a_region_of_a_users_own_is_where_features_are_hidden():
-  everywhere = method_lib.make_method(
-    {"terms": {"mbf": 1.0}, "region": "mine", "mask_ratio": 1.0},
-    extensions.Extensions(
-      regions={"mine": lambda labels, radius: jnp.ones_like(labels)}
-    ),
-  )
-  expected = make_method("mbf", region="all", mask_ratio=1.0)
-  module, params = make_distiller(expected)
-  found, wanted = (
-    distil(method, module=module, params=params)
-    for method in (everywhere, expected)
-  )
-  jax.tree.map(np.testing.assert_array_equal, found, wanted)
+def test_the_terms_that_are_no_rivals_are_those_of_the_paper():
+  ours = {term.name for term in terms_lib.TERMS if not term.is_rival}
+  assert ours == {"mbf", "m2bf"}
