@@ -56,7 +56,7 @@ def check_levels(
   """Warns of scores on the real test sets that are too good or too bad."""
   warnings = []
   for arm in arms:
-    if arm.dataset != sets.Isic2016.test_name:
+    if arm.dataset != sets.BUILDERS["isic2016"].test_name:
       continue
     dice = arm.mean("dice")
     if dice > 0.945:
