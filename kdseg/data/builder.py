@@ -53,7 +53,7 @@ class PairBuilder(  # type: ignore[call-arg]  # tfds itself has no types
       files found are all there are.
     terms_of_use: what it may be used for, as a model card says it.
     how_split: what to tell a user who misses a split.
-    description: for tfds, as `homepage`.
+    homepage: where a release is published.
   """
 
   MANUAL_DOWNLOAD_INSTRUCTIONS = "Pass the folder of its files as manual_dir."
@@ -67,7 +67,6 @@ class PairBuilder(  # type: ignore[call-arg]  # tfds itself has no types
   official_counts: Mapping[str, int] = types.MappingProxyType({})
   terms_of_use: str = "under terms of their own"
   how_split: str = ""
-  description: str = ""
   homepage: str = ""
 
   def __init__(
@@ -161,7 +160,7 @@ class PairBuilder(  # type: ignore[call-arg]  # tfds itself has no types
   def _info(self) -> tfds.core.DatasetInfo:
     return tfds.core.DatasetInfo(
       builder=self,
-      description=self.description,
+      description=self.__doc__ or self.title,
       homepage=self.homepage,
       citation=self.title,
       features=tfds.features.FeaturesDict(

@@ -100,7 +100,7 @@ def test_a_users_builder_is_verified_by_name(tmp_path, builders, capsys):
 def test_a_data_set_says_what_it_is(name):
   builder = sets.BUILDERS[name]
   assert builder.name == name
-  assert all((builder.title, builder.terms_of_use, builder.description))
+  assert all((builder.title, builder.terms_of_use, builder.__doc__))
   assert builder.official == bool(builder.official_counts)
   tests = [b.test_name for b in sets.BUILDERS.values()]
   assert tests.count(builder.test_name) == 1

@@ -38,7 +38,7 @@ _MASK_ENDING = re.compile(r"_(?:mask|segmentation|lesion)$", re.IGNORECASE)
 
 
 class Folder(builder.PairBuilder):
-  """tfds builder `folder`; splits as the folder has them, or by a hash."""
+  """A folder of images and masks, matched by the stem of their names."""
 
   name = test_name = "folder"
   how_split = _HOW_SPLIT
@@ -46,7 +46,6 @@ class Folder(builder.PairBuilder):
     "Pass a folder with images/ and masks/ (or train/, validation/ and test/"
     " with those inside) as manual_dir."
   )
-  description = "A folder of images and masks, matched by the stem of names."
 
   def __init__(self, *, directory: str = "", **kwargs: Any):
     """Makes the builder.

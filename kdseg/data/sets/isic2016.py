@@ -71,8 +71,9 @@ _MASK = re.compile(r"(ISIC_\d{7})_Segmentation\.png", re.IGNORECASE)
 
 
 class Isic2016(builder.PairBuilder):
-  """tfds builder `isic2016`; splits train, validation and test.
+  """900 training and 379 test dermoscopic images with lesion masks (ISBI 2016).
 
+  One training image in ten is held out for validation, by a hash of its id.
   `info.metadata` holds the counts, and which known duplicates were left out.
   """
 
@@ -89,11 +90,6 @@ class Isic2016(builder.PairBuilder):
     " folders of the same names): "
     + ", ".join(f"{stem}.zip" for stem in ARCHIVES.values())
     + f", from {URL}. Without it they are downloaded (about 840 MB)."
-  )
-  description = (
-    "900 training and 379 test dermoscopic images with lesion masks, of the"
-    " ISBI 2016 challenge, part 1. One training image in ten is held out for"
-    " validation, by a hash of its id."
   )
   homepage = "https://challenge.isic-archive.com/data/#2016"
 

@@ -51,10 +51,11 @@ _KNOWN_EXTRAS = re.compile(
 
 
 class Ph2(builder.PairBuilder):
-  """tfds builder `ph2`; one split, test, with all 200 images.
+  """200 dermoscopic images with lesion masks; all are one split, test.
 
-  The feature `diagnosis` is `common_nevus`, `atypical_nevus`, `melanoma`, or
-  empty where `PH2_dataset.txt` is not there or does not list the image.
+  80 common nevi, 80 atypical nevi and 40 melanomas. The feature `diagnosis` is
+  `common_nevus`, `atypical_nevus`, `melanoma`, or empty where
+  `PH2_dataset.txt` is not there or does not list the image.
   """
 
   name = test_name = "ph2"
@@ -66,10 +67,6 @@ class Ph2(builder.PairBuilder):
     f"Download PH2Dataset.rar from {HOMEPAGE}, unpack it"
     " (`unrar x PH2Dataset.rar`), and pass the folder that holds the folder"
     " PH2Dataset (or a PH2Dataset.zip of it) as manual_dir."
-  )
-  description = (
-    "200 dermoscopic images (80 common nevi, 80 atypical nevi, 40 melanomas)"
-    " with lesion masks."
   )
   homepage = HOMEPAGE
 

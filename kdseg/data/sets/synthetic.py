@@ -34,13 +34,12 @@ _PIGMENTS = np.array(
 
 
 class Synthetic(builder.PairBuilder):
-  """tfds builder `synthetic`; splits train, validation and test."""
+  """Drawn skin lesions with masks, for tests and the quickstart."""
 
   name = "synthetic"
   title = "drawn lesions"
   test_name = "synthetic_test"
   terms_of_use = "made by this package"
-  description = "Drawn skin lesions with masks, for tests and the quickstart."
 
   def __init__(
     self,
@@ -327,20 +326,17 @@ def _pair(
   index: int,
   drawing: Callable[[str, int], tuple[np.ndarray, np.ndarray]],
 ) -> Pair:
-  """The files of one drawing, drawn when read."""
-
-  def read_image() -> bytes:
-    return decode.encode_png(drawing(split, index)[0])
-
-  def read_mask() -> bytes:
-    mask = drawing(split, index)[1]
-    return decode.encode_png(mask.astype(np.uint8) * 255)
-
+  """Returns the files of one drawing, drawn when read."""
   id_ = f"{split}_{index:05d}"
+
+  def file(ending: str, read: Callable[[], np.ndarray]) -> archives.File:
+    name = f"{id_}{ending}.png"
+    return archives.File(
+      name, "synthetic", f"drawn {name}", 0, lambda: decode.encode_png(read())
+    )
+
   return Pair(
     id_,
-    archives.File(f"{id_}.png", "synthetic", f"drawn {id_}", 0, read_image),
-    archives.File(
-      f"{id_}_mask.png", "synthetic", f"drawn mask {id_}", 0, read_mask
-    ),
+    file("", lambda: drawing(split, index)[0]),
+    file("_mask", lambda: drawing(split, index)[1].astype(np.uint8) * 255),
   )
