@@ -1,5 +1,5 @@
-"""A trained network where there is no training: files, models, pictures.
+"""Trained networks without training: weights, export formats, a web page.
 
-`weights` is the file format, `models` finds and runs a network, `pictures`
-reads whatever people call an image. `python -m kdseg.predict` is made of them.
+`weights` is the file format, `models` finds and runs a network, `export` writes
+it in the `formats` of other runtimes, and `pictures` reads images.
 """

@@ -29,7 +29,7 @@ _FILES = """
 _FOOT = """
 Milliseconds are the fastest of thirty runs for one image, on the machine that \
 wrote this. `preprocess.json` says what to do to an image before and after; \
-`golden.npz` holds inputs with the answers they must give.
+`golden.npz` holds inputs and the outputs that they must give.
 
 Limits: it knows images like those it was trained on, no others; those of \
 ISIC-2016 are dermoscopic, of one lesion each, mostly on light skin. Its \

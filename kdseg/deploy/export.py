@@ -17,7 +17,7 @@ MODEL is a shipped model, a file of weights or the folder of an arm. Into DIR go
                         the same with weights of 8 bits
   model.stablehlo       JAX on CPU, GPU and TPU; extra `export`
   preprocess.json       what to do to an image before and after
-  golden.npz            inputs and the answers they must give
+  golden.npz            inputs, and the outputs that they must give
   PARITY.json           how far each file is from JAX
   README.md             its model card
 

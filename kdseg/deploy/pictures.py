@@ -1,4 +1,4 @@
-"""Reads what people call an image, as a person sees it."""
+"""Reads image files of many kinds, upright and as 8-bit RGB."""
 
 from collections.abc import Iterable
 import glob
@@ -15,23 +15,23 @@ from kdseg.data import decode
 SUFFIXES = frozenset(
   {".bmp", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff"}
 )
-# Pictures that are not read: in a folder they are named, not passed over.
+# Images that cannot be read: in a folder they are named, not passed over.
 OTHERS = frozenset({".avif", ".gif", ".heic", ".heif", ".webp"})
 
 
 def find(names: Iterable[str]) -> list[pathlib.Path]:
-  """Returns the files that names mean: files, folders, and patterns.
+  """Returns the files that names stand for: files, folders, and patterns.
 
-  A folder gives its images, sorted, and not those of folders in it. A name
-  that means nothing comes back as it is, so that whoever reads it says so.
+  A folder stands for the images in it, sorted, without those of its folders. A
+  name that matches nothing is returned as it is: `read` then names it.
   """
   found: dict[pathlib.Path, None] = {}
   for name in names:
     path = pathlib.Path(name)
     matches = [path]
-    # Not `path.exists`, which raises on a name too long to be one.
+    # Not `path.exists`, which raises on a name that is too long for a file.
     if not os.path.exists(path):
-      # As a shell would do it, for one that did not.
+      # A pattern, as Windows' shell leaves it.
       matches = [pathlib.Path(m) for m in sorted(glob.glob(name))] or [path]
     for match in matches:
       inside = _inside(match) if os.path.isdir(match) else [match]
@@ -72,7 +72,7 @@ def read(path: pathlib.Path) -> np.ndarray:
   try:
     image = ImageOps.exif_transpose(image)
   except Exception as error:
-    # Pillow's readers of EXIF raise SyntaxError, struct.error and others.
+    # Pillow's EXIF readers raise SyntaxError, struct.error and others.
     raise archives.DataError(
       f"{where} has damaged EXIF data ({archives.shown(error)}), so that it is "
       "not known which way up it is; save it again without them."
@@ -90,7 +90,7 @@ def read(path: pathlib.Path) -> np.ndarray:
 
 def _from_16_bit(image: Image.Image, where: str) -> np.ndarray:
   grey = np.asarray(image).astype(np.int64)
-  # A picture of 32 bits may hold 8-bit values: which, it does not say.
+  # An image of 32 bits may hold 8-bit values, but does not say so.
   narrow = image.mode == "I" and grey.max() <= 0xFF
   if grey.min() < 0 or grey.max() > 0xFFFF or narrow:
     raise archives.DataError(

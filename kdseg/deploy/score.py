@@ -69,7 +69,7 @@ def score(
     truth = arrays.native_mask(i)
     if not np.isfinite(probability).all():
       raise weights.WeightsError(
-        f"{file} gives what is no number for {arrays.ids[i]}"
+        f"{file} gives a probability that is not finite for {arrays.ids[i]}"
       )
     # Rounding of 8-bit weights may pass 1 by a hair.
     native = metrics.resize_probability(

@@ -2,8 +2,8 @@
 
   kdseg weights WORKDIR --arm NAME --out FILE [--seed 0]
 
-writes a finished arm (or teacher) of a workdir. The layers that distillation
-trained along are not among a student's weights, so they are not in the file.
+writes a finished arm (or teacher) of a workdir. The file does not contain the
+align and generator layers, which only distillation needs.
 """
 
 from collections.abc import Mapping
@@ -103,19 +103,17 @@ def load(
   except (RecursionError, ValueError) as error:
     raise WeightsError(f"{path}: its metadata are damaged: {error}") from error
   check(about, str(path))
-  odd = [name for name, array in arrays.items() if array.dtype.kind not in "fV"]
-  if odd:
-    raise WeightsError(
-      f"{path}: {odd[0]} is of {arrays[odd[0]].dtype}, not of real numbers"
-    )
-  bad = [name for name, array in arrays.items() if not np.isfinite(array).all()]
-  if bad:
-    raise WeightsError(f"{path}: {bad[0]} is not finite")
+  for name, array in arrays.items():
+    # "V" is bfloat16.
+    if array.dtype.kind not in "fV" or not np.isfinite(array).all():
+      raise WeightsError(
+        f"{path}: {name} ({array.dtype}) is not of finite real numbers"
+      )
   return arrays, about
 
 
 def check(about: Mapping[str, Any], where: str) -> None:
-  """Refuses what no network can be run with.
+  """Refuses values that no network can be run with.
 
   Raises:
     WeightsError: on a size, a threshold or options of another kind.
@@ -136,7 +134,7 @@ def read_arm(
   """Returns (variables, about) of a finished arm or teacher of a workdir.
 
   Raises:
-    WeightsError: if there is none, with those that there are.
+    WeightsError: if it is not there; names the finished ones.
   """
   return read_folder(arm_folder(workdir, arm, seed))
 
@@ -151,10 +149,10 @@ def arm_folder(
 
 
 def check_finished(folder: pathlib.Path) -> None:
-  """Refuses the folder of a network that is not finished.
+  """Refuses a folder that is not that of a finished network.
 
   Raises:
-    WeightsError: that names those which are.
+    WeightsError: that names the finished ones.
   """
   if not checkpoint.is_finished(folder):
     folder = folder.absolute()
@@ -188,8 +186,8 @@ def read_folder(folder: str | pathlib.Path) -> tuple[Tree, dict[str, Any]]:
     folder: WORKDIR/arms/NAME-seedN or WORKDIR/teachers/NAME.
 
   Raises:
-    WeightsError: if no finished network is there, with those that are beside
-      it, or its run's config cannot be read.
+    WeightsError: if no finished network is there (names the finished ones), or
+      its run's config cannot be read.
   """
   folder = pathlib.Path(folder).absolute()
   check_finished(folder)
@@ -222,10 +220,7 @@ def read_folder(folder: str | pathlib.Path) -> tuple[Tree, dict[str, Any]]:
 
 
 def _scored(workdir: pathlib.Path, arm: str, seed: int) -> dict[str, str]:
-  """Returns what the run says of this network's scores, for people.
-
-  A run that is being scored, or was stopped then, says what is whole.
-  """
+  """Returns the run's scores of this network as text; complete rows only."""
   about = {}
   path = workdir / "scores.csv"
   if path.exists():

@@ -31,7 +31,7 @@ def make_row(network, median, *, runtime="onnx", threads=1, numbers="fp32"):
   }
 
 
-def test_measures_every_form_of_a_network_in_every_runtime(tmp_path, capsys):
+def test_measures_every_file_of_a_network_in_its_runtime(tmp_path, capsys):
   options = "--networks patch_unet_12k --peers --threads 1 2 --turns 1"
   code = cost.main(
     ["--out", str(tmp_path), "--size", str(SIZE), *options.split()]
@@ -89,7 +89,7 @@ def test_without_the_yardstick_there_are_no_ratios():
   assert "u2netp" not in table
 
 
-def test_every_way_takes_its_turns_and_none_counts_its_first_call(monkeypatch):
+def test_files_take_turns_and_no_first_call_counts(monkeypatch):
   monkeypatch.setattr(cost, "REST_SECONDS", 0.0)
   monkeypatch.setattr(cost, "MOST_CALLS", 3)
   called = []

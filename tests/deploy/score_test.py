@@ -28,16 +28,20 @@ def data_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def arrays(data_dir):
+  return loading.load(
+    "synthetic", "test", size=tiny_model.SIZE, data_dir=data_dir
+  )
+
+
+@pytest.fixture(scope="module")
 def scored(folder, data_dir):
   arguments = [str(folder), "--tests", "synthetic", "--data-dir", str(data_dir)]
   assert score.main(arguments) == 0
   return folder
 
 
-def test_every_file_is_scored_on_every_image(scored, data_dir):
-  arrays = loading.load(
-    "synthetic", "test", size=tiny_model.SIZE, data_dir=data_dir
-  )
+def test_every_file_is_scored_on_every_image(scored, arrays):
   with (scored / "scores.csv").open(newline="") as file:
     rows = list(csv.DictReader(file))
   for file in ("weights.safetensors", "model.stablehlo"):
@@ -57,10 +61,7 @@ def test_the_summary_is_the_mean_over_images_and_its_change(scored):
   assert "model.stablehlo" in (scored / "SCORES.md").read_text()
 
 
-def test_other_probabilities_have_other_scores(data_dir):
-  arrays = loading.load(
-    "synthetic", "test", size=tiny_model.SIZE, data_dir=data_dir
-  )
+def test_other_probabilities_have_other_scores(arrays):
 
   class Truth:
     threshold = 0.5
@@ -79,16 +80,13 @@ def test_other_probabilities_have_other_scores(data_dir):
   assert all(row["dice"] == 0 for row in rows)
 
 
-def test_what_is_no_number_has_no_score(data_dir):
-  arrays = loading.load(
-    "synthetic", "test", size=tiny_model.SIZE, data_dir=data_dir
-  )
+def test_a_probability_that_is_not_finite_is_refused(arrays):
 
   class Broken:
     def probabilities(self, batch):
       return np.full(batch.shape[:3], np.nan, np.float32)
 
-  with pytest.raises(weights.WeightsError, match="broken gives what is no"):
+  with pytest.raises(weights.WeightsError, match="broken gives a prob"):
     score.score(Broken(), arrays, "synthetic_test", "broken")
 
 

@@ -81,10 +81,10 @@ def test_a_file_of_another_version_says_what_to_do(tmp_path):
     weights.load(path)
 
 
-def test_a_weight_that_is_no_number_is_named(tmp_path):
+def test_a_weight_that_is_not_finite_is_named(tmp_path):
   path = tmp_path / "a.safetensors"
   weights.save(path, {"params": {"x": np.array([np.nan])}}, tiny_model.ABOUT)
-  with pytest.raises(weights.WeightsError, match="params/x is not finite"):
+  with pytest.raises(weights.WeightsError, match=r"params/x .* not of finite"):
     weights.load(path)
 
 

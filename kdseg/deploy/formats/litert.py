@@ -108,7 +108,7 @@ class _Writer(jaxpr_lib.Walker[_Value]):
   """Collects operators and weights while it walks a program."""
 
   format = "LiteRT"
-  # An operator and its type of options, if it has one.
+  # Kinds of an operator and of its options, if it has some.
   elementwise: Mapping[str, str] = {
     "add": "ADD AddOptions",
     "div": "DIV DivOptions",
@@ -124,8 +124,8 @@ class _Writer(jaxpr_lib.Walker[_Value]):
     "sub": "SUB SubOptions",
   }
   reductions: Mapping[str, str] = {
-    "reduce_max": "REDUCE_MAX",
-    "reduce_sum": "SUM",
+    "reduce_max": "REDUCE_MAX ReducerOptions",
+    "reduce_sum": "SUM ReducerOptions",
   }
 
   def __init__(self, graph: litert_graph.Graph) -> None:
@@ -138,37 +138,26 @@ class _Writer(jaxpr_lib.Walker[_Value]):
   ) -> _Value:
     if name == "div" and isinstance(operands[0], _Value):
       x, by = operands[0].summed, operands[1]
-      if (
-        x and isinstance(by, np.ndarray) and by.size == 1 and by.item() == x[1]
-      ):
-        axes = self.graph.weight([1, 2], np.int32)
-        options = self.graph.options(
-          "ReducerOptions", keepDims=len(out.shape) == 4
-        )
+      if x and isinstance(by, np.ndarray) and by.size == 1 and by == x[1]:
         return self.graph.operator(
-          "MEAN", [self.graph.index_of(x[0]), axes], out.shape, options
+          "MEAN ReducerOptions",
+          [x[0], [1, 2]],
+          out.shape,
+          keepDims=len(out.shape) == 4,
         )
     return super()._elementwise(name, operands, out)
 
   def _operate(
     self, kind: str, operands: Sequence[_Operand], out: Any
   ) -> _Value:
-    operator, _, options = kind.partition(" ")
-    return self.graph.operator(
-      operator,
-      [self.graph.index_of(x) for x in operands],
-      out.shape,
-      self.graph.options(options) if options else None,
-      out.dtype,
-    )
+    return self.graph.operator(kind, operands, out.shape, out.dtype)
 
   def _relu(self, x: _Value, out: Any) -> _Value:
     if x.convolution is None:
       return self._operate("RELU", [x], out)
     *_, options = self.graph.operators[x.convolution]
-    options.fusedActivationFunction = (
-      self.graph.schema.ActivationFunctionType.RELU
-    )
+    kinds = self.graph.schema.ActivationFunctionType
+    options.fusedActivationFunction = kinds.RELU
     return _Value(x.shape, x.index, x.dtype)
 
   def _convert_element_type(
@@ -178,11 +167,13 @@ class _Writer(jaxpr_lib.Walker[_Value]):
     have, want = map(self.graph.type_of, (x.dtype, out.dtype))
     if have == want:
       return x
-    options = self.graph.options(
-      "CastOptions", inDataType=have, outDataType=want
-    )
     return self.graph.operator(
-      "CAST", [self.graph.index_of(x)], out.shape, options, out.dtype
+      "CAST CastOptions",
+      [x],
+      out.shape,
+      out.dtype,
+      inDataType=have,
+      outDataType=want,
     )
 
   def _read_convolution(self, index: int) -> tuple[np.ndarray, np.ndarray, int]:
@@ -194,9 +185,8 @@ class _Writer(jaxpr_lib.Walker[_Value]):
   def _write_convolution(
     self, index: int, kernel: np.ndarray, bias: np.ndarray
   ) -> None:
-    operator, inputs, output, options = self.graph.operators[index]
-    inputs = [inputs[0], self.graph.weight(kernel), self.graph.weight(bias)]
-    self.graph.operators[index] = (operator, inputs, output, options)
+    inputs = self.graph.operators[index][1]
+    inputs[1:] = self.graph.weight(kernel), self.graph.weight(bias)
 
   # ------------------------------------------------------------------ shapes
 
@@ -204,41 +194,36 @@ class _Writer(jaxpr_lib.Walker[_Value]):
     if x.folded is not None and shape[1:] == x.folded[1]:
       return self._refolded(x.folded[0], shape)
     sides = [-1, *shape[1:]]
-    inputs = [self.graph.index_of(x), self.graph.weight(sides, np.int32)]
-    options = self.graph.options("ReshapeOptions", newShape=sides)
-    made = self.graph.operator("RESHAPE", inputs, shape, options, x.dtype)
+    made = self.graph.operator(
+      "RESHAPE ReshapeOptions",
+      [x, sides],
+      shape,
+      x.dtype,
+      newShape=sides,
+    )
     made.reshaped, made.summed = x, x.summed
     return made
 
   def _refolded(self, x: _Value, shape: tuple[int, ...]) -> _Value:
     """Writes a whole fold of pixels into channels, or back, as one operator."""
     if shape[1] < x.shape[1]:
-      kind, options = "SPACE_TO_DEPTH", "SpaceToDepthOptions"
+      kind = "SPACE_TO_DEPTH SpaceToDepthOptions"
       block = x.shape[1] // shape[1]
     else:
-      kind, options = "DEPTH_TO_SPACE", "DepthToSpaceOptions"
+      kind = "DEPTH_TO_SPACE DepthToSpaceOptions"
       block = shape[1] // x.shape[1]
-    made = self.graph.options(options, blockSize=block)
-    return self.graph.operator(
-      kind, [self.graph.index_of(x)], shape, made, x.dtype
-    )
+    return self.graph.operator(kind, [x], shape, x.dtype, blockSize=block)
 
   def _repeated(self, x: _Value, shape: tuple[int, ...]) -> _Value:
     # BroadcastTo would have to know the batch.
-    inputs = [
-      self.graph.index_of(x),
-      self.graph.weight(np.zeros((1, *shape[1:]))),
-    ]
-    return self.graph.operator(
-      "ADD", inputs, shape, self.graph.options("AddOptions")
-    )
+    zeros = np.zeros((1, *shape[1:]), np.float32)
+    return self.graph.operator("ADD AddOptions", [x, zeros], shape)
 
   def _permuted(self, x: _Value, axes: tuple[int, ...]) -> _Value:
     made = self.graph.operator(
-      "TRANSPOSE",
-      [self.graph.index_of(x), self.graph.weight(axes, np.int32)],
+      "TRANSPOSE TransposeOptions",
+      [x, axes],
       [x.shape[axis] for axis in axes],
-      self.graph.options("TransposeOptions"),
       x.dtype,
     )
     whole = x.reshaped
@@ -250,69 +235,51 @@ class _Writer(jaxpr_lib.Walker[_Value]):
         made.folded = (whole, (height * width, a * b, rest))
     return made
 
-  def _slice(self, operands: list[_Value], params: Any, out: Any) -> _Value:
+  def _slice(self, operands: list[Any], params: Any, out: Any) -> _Value:
     [x] = operands
     if out.shape[0] != x.shape[0] or set(params["strides"] or (1,)) != {1}:
       raise UnsupportedError(f"cutting {out.shape} out of {x.shape}")
     # -1 takes all that is left, as the batch is not known.
-    sizes = [
-      -1 if side == x.shape[a] else side for a, side in enumerate(out.shape)
-    ]
-    inputs = [self.graph.index_of(x)] + [
-      self.graph.weight(numbers, np.int32)
-      for numbers in (params["start_indices"], sizes)
-    ]
-    options = self.graph.options("SliceOptions")
-    return self.graph.operator("SLICE", inputs, out.shape, options, x.dtype)
+    sizes = [-1 if a == b else a for a, b in zip(out.shape, x.shape)]
+    operands = [x, params["start_indices"], sizes]
+    kind = "SLICE SliceOptions"
+    return self.graph.operator(kind, operands, out.shape, x.dtype)
 
   def _concatenate(
     self, operands: list[_Operand], params: Any, out: Any
   ) -> _Value:
-    options = self.graph.options(
-      "ConcatenationOptions", axis=params["dimension"]
-    )
-    inputs = [self.graph.index_of(x) for x in operands]
-    return self.graph.operator(
-      "CONCATENATION", inputs, out.shape, options, out.dtype
-    )
+    kind, axis = "CONCATENATION ConcatenationOptions", params["dimension"]
+    return self.graph.operator(kind, operands, out.shape, out.dtype, axis=axis)
 
   def _padded(
     self, x: _Value, sides: Sequence[tuple[int, int]], value: np.ndarray
   ) -> _Value:
-    shape = tuple(side + sum(pad) for side, pad in zip(x.shape, sides))
-    inputs = [self.graph.index_of(x), self.graph.weight(sides, np.int32)]
-    if jaxpr_lib.is_zero(value):
-      options = self.graph.options("PadOptions")
-      return self.graph.operator("PAD", inputs, shape, options, x.dtype)
-    inputs.append(self.graph.weight(value.reshape(1), value.dtype))
-    options = self.graph.options("PadV2Options")
-    return self.graph.operator("PADV2", inputs, shape, options, x.dtype)
+    shape = [side + sum(pad) for side, pad in zip(x.shape, sides)]
+    kind = "PAD PadOptions"
+    operands: list[Any] = [x, sides]
+    if not jaxpr_lib.is_zero(value):
+      kind, operands = "PADV2 PadV2Options", [*operands, value.reshape(1)]
+    return self.graph.operator(kind, operands, shape, x.dtype)
 
   # --------------------------------------------------------------- over maps
 
   def _reduce(
     self, name: str, x: _Value, axes: tuple[int, ...], shape: tuple[int, ...]
   ) -> _Value:
-    made = self.graph.operator(
-      self.reductions[name],
-      [self.graph.index_of(x), self.graph.weight(axes, np.int32)],
-      shape,
-      self.graph.options("ReducerOptions", keepDims=False),
-    )
+    kind = self.reductions[name]
+    made = self.graph.operator(kind, [x, axes], shape, keepDims=False)
     if name == "reduce_sum" and axes == (1, 2) and len(x.shape) == 4:
       made.summed = (x, x.shape[1] * x.shape[2])
     return made
 
   def _matmul(self, x: _Value, y: _Operand) -> _Value:
     shape = (*x.shape[:-1], y.shape[-1])
-    if isinstance(y, np.ndarray):
-      # The operator's weights are [to, from].
-      inputs = [self.graph.index_of(x), self.graph.weight(y.T)]
-      options = self.graph.options("FullyConnectedOptions", keepNumDims=True)
-      return self.graph.operator("FULLY_CONNECTED", inputs, shape, options)
-    inputs = [self.graph.index_of(x), self.graph.index_of(y)]
-    options = self.graph.options("BatchMatMulOptions")
-    return self.graph.operator("BATCH_MATMUL", inputs, shape, options)
+    if not isinstance(y, np.ndarray):
+      kind = "BATCH_MATMUL BatchMatMulOptions"
+      return self.graph.operator(kind, [x, y], shape)
+    # The operator's weights are [to, from].
+    kind, y = "FULLY_CONNECTED FullyConnectedOptions", y.T.astype(np.float32)
+    return self.graph.operator(kind, [x, y], shape, keepNumDims=True)
 
   def _pad_windows(
     self,
@@ -320,20 +287,19 @@ class _Writer(jaxpr_lib.Walker[_Value]):
     window: jaxpr_lib.Window,
     reach: Sequence[int],
     outside: float = 0.0,
-  ) -> tuple[int, int]:
+  ) -> tuple[_Value, int]:
     """Returns the input and the kind of padding of an operator with windows.
 
     Padding that is neither none nor "SAME" gets an operator of its own.
     """
     kind = self.graph.schema.Padding
     if not any(map(any, window.padding)):
-      return self.graph.index_of(x), kind.VALID
+      return x, kind.VALID
     same = jax.lax.padtype_to_pads(x.shape[1:3], reach, window.strides, "SAME")
     if list(window.padding) == [tuple(map(int, side)) for side in same]:
-      return self.graph.index_of(x), kind.SAME
+      return x, kind.SAME
     sides = [(0, 0), *window.padding, (0, 0)]
-    padded = self._padded(x, sides, np.full((), outside, np.float32))
-    return padded.index, kind.VALID
+    return self._padded(x, sides, np.asarray(np.float32(outside))), kind.VALID
 
   def _conv_general_dilated(
     self, operands: list[Any], params: Any, out: Any
@@ -341,38 +307,32 @@ class _Writer(jaxpr_lib.Walker[_Value]):
     x, kernel = operands
     jaxpr_lib.check_convolution(params, kernel)
     height, width, depth, features = kernel.shape
-    rows, columns = params["rhs_dilation"]
-    padding = [(int(low), int(high)) for low, high in params["padding"]]
+    rows, columns = map(int, params["rhs_dilation"])
+    top, left = [(int(low), int(high)) for low, high in params["padding"]]
     window = jaxpr_lib.Window(
-      (height, width), params["window_strides"], (padding[0], padding[1])
+      (height, width), params["window_strides"], (top, left)
     )
     reach = ((height - 1) * rows + 1, (width - 1) * columns + 1)
-    source, kind_of_padding = self._pad_windows(x, window, reach)
-    common = {
-      "padding": kind_of_padding,
+    source, padding = self._pad_windows(x, window, reach)
+    fields = {
+      "padding": padding,
       "strideH": int(window.strides[0]),
       "strideW": int(window.strides[1]),
-      "dilationHFactor": int(rows),
-      "dilationWFactor": int(columns),
+      "dilationHFactor": rows,
+      "dilationWFactor": columns,
     }
     groups = params["feature_group_count"]
     if groups == 1:
-      kind, kernel = "CONV_2D", kernel.transpose(3, 0, 1, 2)  # HWIO to OHWI
-      options = self.graph.options("Conv2DOptions", **common)
+      kind = "CONV_2D Conv2DOptions"
+      kernel = kernel.transpose(3, 0, 1, 2)  # HWIO to OHWI
     elif depth == 1 and groups == x.shape[-1]:
-      kind = "DEPTHWISE_CONV_2D"
+      kind = "DEPTHWISE_CONV_2D DepthwiseConv2DOptions"
       kernel = kernel.reshape(1, height, width, features)
-      options = self.graph.options(
-        "DepthwiseConv2DOptions", depthMultiplier=features // groups, **common
-      )
+      fields["depthMultiplier"] = features // groups
     else:
       raise UnsupportedError(f"a convolution in {groups} groups")
-    inputs = [
-      source,
-      self.graph.weight(kernel),
-      self.graph.weight(np.zeros(features)),
-    ]
-    made = self.graph.operator(kind, inputs, out.shape, options)
+    weights = [kernel.astype(np.float32), np.zeros(features, np.float32)]
+    made = self.graph.operator(kind, [source, *weights], out.shape, **fields)
     made.convolution = len(self.graph.operators) - 1
     return made
 
@@ -388,28 +348,28 @@ class _Writer(jaxpr_lib.Walker[_Value]):
       raise UnsupportedError("a padded sum over windows")
     outside = float(np.finfo(np.float32).min)
     source, padding = self._pad_windows(x, window, window.sides, outside)
-    options = self.graph.options(
-      "Pool2DOptions",
+    operator = {"max": "MAX_POOL_2D", "mean": "AVERAGE_POOL_2D"}[kind]
+    return self.graph.operator(
+      f"{operator} Pool2DOptions",
+      [source],
+      shape,
       padding=padding,
       strideH=window.strides[0],
       strideW=window.strides[1],
       filterHeight=window.sides[0],
       filterWidth=window.sides[1],
     )
-    operator = {"max": "MAX_POOL_2D", "mean": "AVERAGE_POOL_2D"}[kind]
-    return self.graph.operator(operator, [source], shape, options)
 
   def _call_exact_gelu(self, x: _Value, out: Any) -> _Value:
     # LiteRT has no error function to build it from.
     return self._operate("GELU GeluOptions", [x], out)
 
-  def _call_upsample_2x(self, x: _Value, out: Any) -> _Value:
-    return self._call_resize_bilinear(x, out)
-
   def _call_resize_bilinear(self, x: _Value, out: Any) -> _Value:
-    inputs = [
-      self.graph.index_of(x),
-      self.graph.weight(out.shape[1:3], np.int32),
-    ]
-    options = self.graph.options("ResizeBilinearOptions", halfPixelCenters=True)
-    return self.graph.operator("RESIZE_BILINEAR", inputs, out.shape, options)
+    return self.graph.operator(
+      "RESIZE_BILINEAR ResizeBilinearOptions",
+      [x, out.shape[1:3]],
+      out.shape,
+      halfPixelCenters=True,
+    )
+
+  _call_upsample_2x = _call_resize_bilinear

@@ -64,39 +64,51 @@ class Graph:
     self.tensors.append(made)
     return Value(tuple(shape), len(self.tensors) - 1, dtype)
 
-  def weight(self, array: Any, dtype: Any = np.float32) -> int:
+  def weight(self, array: np.ndarray) -> int:
     """Adds a tensor with content; returns its index."""
-    array = np.ascontiguousarray(array, dtype)
-    index = self.tensor(array.shape, dtype).index
+    array = np.ascontiguousarray(array)
+    index = self.tensor(array.shape, array.dtype).index
     self.constants[index] = array
     return index
-
-  def index_of(self, value: Value | np.ndarray) -> int:
-    """Returns the tensor of a value, which is read as it is from now on."""
-    if isinstance(value, np.ndarray):
-      return self.weight(value, value.dtype)
-    value.convolution = None
-    return value.index
 
   def operator(
     self,
     kind: str,
-    inputs: Sequence[int],
+    operands: Sequence[Value | np.ndarray | Sequence[Any]],
     shape: Sequence[int],
-    options: Any = None,
     dtype: Any = np.float32,
+    **fields: Any,
   ) -> Value:
-    """Adds an operator; returns its output."""
-    made = self.tensor(shape, dtype)
-    self.operators.append((kind, list(inputs), made.index, options))
-    return made
+    """Adds an operator.
 
-  def options(self, kind: str, **fields: Any) -> Any:
-    """Returns options of the schema, of type `kind`."""
-    options = getattr(self.schema, f"{kind}T")()
-    for name, value in fields.items():
-      setattr(options, name, value)
-    return options
+    Args:
+      kind: of the operator and, after a space, of its options.
+      operands: arrays become weights, and lists weights of 32-bit integers.
+      shape: of the output.
+      dtype: of the output.
+      **fields: of the options.
+
+    Returns:
+      The output.
+    """
+    kind, _, kind_of_options = kind.partition(" ")
+    inputs = []
+    for operand in operands:
+      if isinstance(operand, Value):
+        operand.convolution = None
+        inputs.append(operand.index)
+      elif isinstance(operand, np.ndarray):
+        inputs.append(self.weight(operand))
+      else:
+        inputs.append(self.weight(np.array(operand, np.int32)))
+    options = None
+    if kind_of_options:
+      options = getattr(self.schema, f"{kind_of_options}T")()
+      for name, value in fields.items():
+        setattr(options, name, value)
+    made = self.tensor(shape, dtype)
+    self.operators.append((kind, inputs, made.index, options))
+    return made
 
   def finish(
     self, image: Value, out: Value, name: str, description: str

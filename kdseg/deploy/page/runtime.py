@@ -62,7 +62,7 @@ def get_runtime(
     files: name on the page: (name in the package, sha256).
 
   Raises:
-    PageError: if they are to be had nowhere, or are others than expected.
+    PageError: if they can be found nowhere, or are not those expected.
   """
   kept = cache_folder() / f"{RUNTIME}-{RUNTIME_VERSION}"
   if archive is not None:

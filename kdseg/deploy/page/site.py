@@ -228,7 +228,7 @@ def _fill_worker(worker: str, content: Mapping[str, bytes]) -> bytes:
     for name, data in sorted(content.items())
   ]
   listed = json.dumps(files)
-  # Of its own text too: a worker that keeps otherwise is another version.
+  # The worker's text counts, too: another way to cache is another version.
   version = hashlib.sha256((worker + listed).encode()).hexdigest()[:16]
   return (
     worker.replace('"__VERSION__"', f'"{version}"')
@@ -247,7 +247,8 @@ def _write(
     scratch = stack.enter_context(
       tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-")
     )
-    # One level down: a temporary folder is for its owner's eyes, a page is not.
+    # One level down: only its owner may read a temporary folder, and everybody
+    # a page.
     new = pathlib.Path(scratch) / "page"
     for name, data in content.items():
       path = new / name
