@@ -9,7 +9,6 @@ from kdseg.report.comparisons import Comparison
 from kdseg.report.meta import Meta
 
 GATE = 0.02  # Dice between teacher and student without distillation
-
 OFFICIAL = frozenset(
   builder.test_name for builder in sets.BUILDERS.values() if builder.official
 )
@@ -53,7 +52,7 @@ def check_gates(
 def check_levels(
   arms: Sequence[ArmScores], comparisons: Sequence[Comparison], meta: Meta
 ) -> list[str]:
-  """Warns of scores on the real test sets that are too good or too bad."""
+  """Warns of scores on official test sets that are too good or too bad."""
   warnings = []
   for arm in arms:
     if arm.dataset != sets.BUILDERS["isic2016"].test_name:
@@ -82,8 +81,8 @@ def check_levels(
   for comparison in comparisons:
     gain = comparison.intervals["dice"].value
     baseline = meta_lib.baseline_of(comparison.arm, meta)
-    real = comparison.dataset in OFFICIAL
-    if comparison.baseline == baseline and real and gain > 0.03:
+    official = comparison.dataset in OFFICIAL
+    if comparison.baseline == baseline and official and gain > 0.03:
       warnings.append(
         f"{comparison.arm} gains {gain:.4f} Dice over {comparison.baseline} "
         f"on {comparison.dataset}, more than 0.03: the baseline is too weak"

@@ -191,25 +191,3 @@ class TestOverlays:
       prediction=np.ones((1, 1), bool),
     )
     assert overlays.overlays([case]).height > 320
-
-  def test_no_case_is_refused(self):
-    with pytest.raises(ValueError, match="no cases"):
-      overlays.overlays([])
-
-  def test_two_cases_for_one_place_are_refused(self):
-    with pytest.raises(ValueError, match="student-none has two cases"):
-      overlays.overlays([make_case(), make_case()])
-
-  @pytest.mark.parametrize(
-    ("field", "value"),
-    [
-      ("truth", np.zeros((64, 63), bool)),
-      ("prediction", np.zeros((64, 64), np.uint8)),
-      ("image", np.zeros((64, 64, 3))),
-      ("image", np.zeros((64, 64), np.uint8)),
-    ],
-  )
-  def test_arrays_that_do_not_fit_are_refused_by_name(self, field, value):
-    case = dataclasses.replace(make_case(), **{field: value})
-    with pytest.raises(ValueError, match=rf"ISIC_0000003.*{field}"):
-      overlays.overlays([case])
