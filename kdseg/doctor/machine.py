@@ -76,63 +76,48 @@ def find_gpu(platforms: str, version: str) -> Iterator[Finding]:
     ).stdout
   except (OSError, subprocess.SubprocessError):
     return
-  hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
   plugins = [f"jax-cuda{cuda}-plugin" for cuda, _ in CUDA_DRIVERS]
-  if platforms:
-    yield _told_otherwise("GPU", platforms)
-  elif hidden:
+  if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
     yield warning(
       "a GPU is present but CUDA_VISIBLE_DEVICES hides it",
       "unset CUDA_VISIBLE_DEVICES",
     )
   elif version in (installed(plugin) for plugin in plugins):
-    yield problem(
-      "a GPU is present but JAX sees none",
+    yield _unused(
+      "GPU",
+      platforms,
       "JAX's CUDA plugin is installed: is LD_LIBRARY_PATH set to another CUDA? "
       "In a container, was it started with --gpus all?",
     )
   else:
-    driver = answer.partition("\n")[0]
-    yield problem("a GPU is present but JAX sees none", jax_for_driver(driver))
+    yield _unused("GPU", platforms, jax_for_driver(answer.partition("\n")[0]))
 
 
-def _told_otherwise(device: str, platforms: str) -> Finding:
-  return warning(
-    f"a {device} is present but JAX is told to use {platforms}",
-    "unset JAX_PLATFORMS",
-  )
+def find_tpu(platforms: str) -> Iterator[Finding]:
+  """Says what to do about a TPU that JAX does not use, if there is one."""
+  # A vfio device alone may be anything.
+  named = any(name.startswith("TPU_") for name in os.environ)
+  if named and any(chip.exists() for chip in TPU_CHIPS):
+    yield _unused("TPU", platforms, 'pip install "jax[tpu]"')
+
+
+def _unused(device: str, platforms: str, advice: str) -> Finding:
+  if platforms:
+    return warning(
+      f"a {device} is present but JAX is told to use {platforms}",
+      "unset JAX_PLATFORMS",
+    )
+  return problem(f"a {device} is present but JAX sees none", advice)
 
 
 def jax_for_driver(driver: str) -> str:
-  """Returns how to install the JAX that a driver can run.
-
-  Args:
-    driver: its version, such as "580.65.06".
-  """
+  """Returns how to install the JAX that a driver, "580.65.06", can run."""
   for cuda, needed in CUDA_DRIVERS:
     if int(driver.partition(".")[0]) >= needed:
       return f'pip install "jax[cuda{cuda}]"'
   return (
     f"install a driver of {needed} or later, which JAX needs: here {driver}"
   )
-
-
-def find_tpu(platforms: str) -> Iterator[Finding]:
-  """Says what to do about a TPU that JAX does not use, if there is one.
-
-  Args:
-    platforms: that JAX is told to use, or "".
-  """
-  # A vfio device alone may be anything.
-  named = any(name.startswith("TPU_") for name in os.environ)
-  if not named or not any(chip.exists() for chip in TPU_CHIPS):
-    return
-  if platforms:
-    yield _told_otherwise("TPU", platforms)
-  else:
-    yield problem(
-      "a TPU is present but JAX sees none", 'pip install "jax[tpu]"'
-    )
 
 
 def check_memory() -> Iterator[Finding]:
@@ -174,19 +159,19 @@ def check_huge_pages() -> Iterator[Finding]:
     )
 
 
+def _existing(folder: pathlib.Path) -> pathlib.Path:
+  folder = folder.expanduser().absolute()
+  return next(x for x in (folder, *folder.parents) if x.exists())
+
+
 def _write_error(folder: pathlib.Path) -> str:
-  """Returns why a folder, or the nearest above it, is not writable, or ""."""
+  """Returns why a folder cannot be written, or made and written, or ""."""
   try:
     with tempfile.TemporaryFile(dir=_existing(folder)) as file:
       file.write(b"0")
   except OSError as error:
     return error.strerror or str(error)
   return ""
-
-
-def _existing(folder: pathlib.Path) -> pathlib.Path:
-  folder = folder.expanduser().absolute()
-  return next(x for x in (folder, *folder.parents) if x.exists())
 
 
 def check_workdir(folder: pathlib.Path) -> Iterator[Finding]:
