@@ -39,7 +39,6 @@ LARGER = {
   "experiment.students._make_teaching: lines": "",
   "experiment.students.train_students: parameters": "",
   "experiment.teachers.make_teacher: lines": "",
-  "runtime.devices.parallel: lines": "",
   "training.arms.make_arms: lines": "",
   "training.batches.make_batches: lines": "",
   "training.cached_outputs.compute: lines": "",

@@ -36,7 +36,7 @@ _KEYS = (
   *("seed", "log_every", "data", "augment", "segmentation", "encoder_weights"),
   *("teachers", "distil_from", "precompute_teacher", "teacher_channels"),
   *("teacher_out_tta", "methods", "students", "arms", "training"),
-  *("evaluation", "[primary]", "[seeds_at_once]"),
+  *("evaluation", "[primary]", "[seeds_at_once]", "[mapping]"),
 )
 
 _DATA_KEYS = (
@@ -83,6 +83,9 @@ def check(
     _check_keys(config)
     _check_tests(config)
     settings.seeds_at_once(config.get("seeds_at_once", 0))
+    names_lib.check_known(
+      "mapping", [config.get("mapping", "pmap")], devices.MAPPINGS
+    )
     method_lib.check_segmentation(config.segmentation)
     arm_ids = list_arms(config)
     methods = {
@@ -281,6 +284,7 @@ def make_run_config(config: ml_collections.ConfigDict) -> settings.RunConfig:
     encoder_weights=config.encoder_weights,
     log_every=config.log_every,
     seeds_at_once=settings.seeds_at_once(config.get("seeds_at_once", 0)),
+    mapping=config.get("mapping", "pmap"),
   )
 
 

@@ -94,7 +94,7 @@ def estimate(
     )
 
   def time_pass(what: str, network: nn.Module, variables: Tree) -> float:
-    predict = step_lib.parallel_predict(network)
+    predict = step_lib.parallel_predict(network, run_config.mapping)
     with memory.enough(
       f"{what}: passes of {evaluated}", settings.LOWER_EVALUATION
     ):

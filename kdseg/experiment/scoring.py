@@ -98,7 +98,7 @@ def score(
       network = finished()
       if repr(network.network) not in predicts:
         predicts[repr(network.network)] = step_lib.parallel_predict(
-          network.network
+          network.network, config.get("mapping", "pmap")
         )
       is_teacher = arm.startswith(config_lib.JOINT)
       tta = (

@@ -42,10 +42,10 @@ ABSENT = object()
 # What may change within a run: its numbers stay, up to rounding.
 _FREE = (
   *("evaluation.batch_size", "data.manual_dir", "data.data_dir"),
-  "seeds_at_once",
+  *("seeds_at_once", "mapping"),
 )
 # What an earlier version did not have, or a config may leave out.
-_OPTIONAL = ("seeds_at_once",)
+_OPTIONAL = ("seeds_at_once", "mapping")
 
 
 class WorkdirError(RuntimeError):

@@ -8,11 +8,16 @@ import functools
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 import numpy as np
 
 Tree = Any
 
 AXIS = "devices"
+MAPPINGS = ("pmap", "shard_map")
+
+_REPLICATED = jax.sharding.PartitionSpec()
+_SPLIT = jax.sharding.PartitionSpec(AXIS)
 
 
 def parallel(
@@ -22,17 +27,13 @@ def parallel(
   out_replicated: bool,
   donate: bool = False,
   local: bool = False,
+  mapping: str = "pmap",
 ) -> Callable[..., Any]:
   """Maps a function over the devices of all hosts, jitted; one trace.
 
-  This is `jax.pmap`, kept behind one function. JAX calls pmap the old way and
-  advises `jax.shard_map`; that move is an edit of these lines. On one host its
-  program is compiled ahead of time at the first call with arguments of these
-  shapes, and called itself after that: what pmap does in Python at every call
-  takes 1 ms for a small student's 200 arrays, and a GPU's step waits for it.
-
-  What it returns has a function of its own, `lower`: of the same arguments, it
-  traces now and returns what compiles, which can be called in another thread.
+  The result has an attribute `lower`: called with the same arguments, it traces
+  the function and returns a function that compiles it, which another thread
+  may call. A call after that compiles nothing.
 
   Args:
     function: may use collectives over `AXIS`.
@@ -43,14 +44,49 @@ def parallel(
       back without a device axis.
     donate: whether the memory of the replicated arguments is reused.
     local: whether over this host's devices alone.
+    mapping: "pmap", or its twin "shard_map", which JAX advises for new code
+      and which gives the same numbers.
+
+  Raises:
+    ValueError: on an unknown mapping.
   """
+  if mapping not in MAPPINGS:
+    raise ValueError(
+      f'mapping must be one of {", ".join(MAPPINGS)}, not "{mapping}"'
+    )
 
   def packed(held: tuple[Tree, ...], shared: tuple[Tree, ...]) -> Any:
     return function(*held, *shared)
 
-  # Two tuples, as pmap miscounts its axes when an argument of its own is an
-  # empty tree (seen in jax 0.10.2 and 0.12.0).
-  mapped = jax.pmap(
+  make = _pmap if mapping == "pmap" else _shard_map
+  mapped = make(
+    packed, out_replicated=out_replicated, donate=donate, local=local
+  )
+
+  @functools.wraps(function)
+  def call(*arguments: Tree) -> Any:
+    return mapped(arguments[:replicated], arguments[replicated:])
+
+  def lower(*arguments: Tree) -> Callable[[], Any]:
+    return mapped.lower(arguments[:replicated], arguments[replicated:]).compile
+
+  call.lower = lower  # type: ignore[attr-defined]
+  return call
+
+
+def _pmap(
+  packed: Callable[[Tree, Tree], Any],
+  *,
+  out_replicated: bool,
+  donate: bool,
+  local: bool,
+) -> Any:
+  """Maps packed(replicated, split) by `jax.pmap`.
+
+  The arguments are packed into two, as pmap miscounts its axes when an argument
+  of its own is an empty tree (jax 0.10.2 and 0.12.0).
+  """
+  return jax.pmap(
     packed,
     axis_name=AXIS,
     in_axes=(None, 0),
@@ -59,47 +95,58 @@ def parallel(
     devices=jax.local_devices() if local else None,
   )
 
-  programs: dict[Any, Callable[..., Any]] = {}
 
-  def key_of(given: tuple[Any, Any]) -> Any:
-    """Names the program for these arguments; None where pmap is to run."""
-    leaves, structure = jax.tree.flatten(given)
-    config = jax.config
-    # pmap joins what several hosts have, and knows how to look for NaNs.
-    if (
-      jax.process_count() > 1 or config.jax_debug_nans or config.jax_debug_infs
-    ):
-      return None
-    if config.jax_disable_jit or any(
-      isinstance(x, jax.core.Tracer) for x in leaves
-    ):
-      return None
-    return structure, tuple((x.shape, x.dtype) for x in leaves)
+def _shard_map(
+  packed: Callable[[Tree, Tree], Any],
+  *,
+  out_replicated: bool,
+  donate: bool,
+  local: bool,
+) -> Any:
+  """Maps packed(replicated, split) by `jax.jit` of `jax.shard_map`."""
+  mesh = _mesh(local)
 
-  def lower(*arguments: Tree) -> Callable[[], None]:
-    given = arguments[:replicated], arguments[replicated:]
-    key = key_of(given)
-    if key is None or key in programs:
-      return lambda: None
-    lowered = mapped.lower(*given)
+  def on_device(held: Tree, shared: Tree) -> Any:
+    out = packed(held, jax.tree.map(lambda x: x[0], shared))
+    return out if out_replicated else jax.tree.map(lambda x: x[None], out)
 
-    def finish() -> None:
-      programs[key] = lowered.compile()
+  out_spec = _REPLICATED if out_replicated else _SPLIT
+  mapped = jax.jit(
+    jax.shard_map(
+      on_device,
+      mesh=mesh,
+      in_specs=(_REPLICATED, _SPLIT),
+      out_specs=out_spec,
+      # With the check, gradients of replicated parameters are summed over the
+      # devices already, and their `pmean` is wrong by the number of devices.
+      check_vma=False,
+    ),
+    in_shardings=(
+      jax.sharding.NamedSharding(mesh, _REPLICATED),
+      jax.sharding.NamedSharding(mesh, _SPLIT),
+    ),
+    donate_argnums=(0,) if donate else (),
+  )
+  if local or jax.process_count() == 1:
+    return mapped
 
-    return finish
+  # As pmap does: every host gives its devices' part, and gets it back.
+  @functools.wraps(mapped)
+  def call(held: Tree, shared: Tree) -> Any:
+    shared = multihost_utils.host_local_array_to_global_array(
+      shared, mesh, _SPLIT
+    )
+    out = mapped(held, shared)
+    if out_replicated:
+      return out
+    return multihost_utils.global_array_to_host_local_array(out, mesh, _SPLIT)
 
-  @functools.wraps(function)
-  def call(*arguments: Tree) -> Any:
-    given = arguments[:replicated], arguments[replicated:]
-    key = key_of(given)
-    if key is None:
-      return mapped(*given)
-    if key not in programs:
-      lower(*arguments)()
-    return programs[key](*given)
-
-  call.lower = lower
   return call
+
+
+def _mesh(local: bool) -> jax.sharding.Mesh:
+  devices = jax.local_devices() if local else jax.devices()
+  return jax.sharding.Mesh(np.array(devices), (AXIS,))
 
 
 def replicate(tree: Tree, *, local: bool = False) -> Tree:
@@ -109,9 +156,7 @@ def replicate(tree: Tree, *, local: bool = False) -> Tree:
     tree: the same on all hosts.
     local: whether on this host's devices alone.
   """
-  devices = jax.local_devices() if local else jax.devices()
-  mesh = jax.sharding.Mesh(np.array(devices), (AXIS,))
-  everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  everywhere = jax.sharding.NamedSharding(_mesh(local), _REPLICATED)
   return jax.device_put(tree, everywhere)
 
 

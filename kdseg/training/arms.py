@@ -23,6 +23,7 @@ from kdseg import networks
 from kdseg.distill import layers as layers_lib
 from kdseg.distill import method as method_lib
 from kdseg.runtime import devices
+from kdseg.runtime import hosts
 from kdseg.training import settings
 from kdseg.training import state as state_lib
 from kdseg.training import step as step_lib
@@ -155,6 +156,8 @@ def compile_groups(groups: Sequence[Group], prepared: Tree) -> None:
   Compiling is most of a first step, and much of that uses one core. Tracing is
   done in this thread, to which JAX's context managers apply.
   """
+  if hosts.are_many():
+    return
   programs = {(g.step, len(g.names)): g for g in groups}
   pool = futures.ThreadPoolExecutor(COMPILED_AT_ONCE)
   try:
@@ -238,7 +241,11 @@ def make_arms(
         ema_decay=training.ema_decay,
       )
       mapped = functools.partial(
-        devices.parallel, replicated=1, out_replicated=True, donate=True
+        devices.parallel,
+        replicated=1,
+        out_replicated=True,
+        donate=True,
+        mapping=run_config.mapping,
       )
       stacked = jax.vmap(update, in_axes=(0, None))
       kinds[spec.kind] = initialize, mapped(update), mapped(stacked)

@@ -126,6 +126,7 @@ def parallel_prepare(
     ),
     replicated=3,
     out_replicated=False,
+    mapping=run_config.mapping,
   )
   held = devices.replicate({} if teach is None else teacher_variables)
   seed = devices.replicate(jnp.asarray(run_config.seed, jnp.int32))

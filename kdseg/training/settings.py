@@ -110,6 +110,7 @@ class RunConfig:
     log_every: steps between log lines.
     seeds_at_once: how many seeds of a kind one program updates; see the
       function `seeds_at_once`.
+    mapping: how a program is mapped over the devices; see `devices.parallel`.
   """
 
   seed: int
@@ -121,6 +122,7 @@ class RunConfig:
   encoder_weights: bool
   log_every: int
   seeds_at_once: int = 1
+  mapping: str = "pmap"
 
 
 def seeds_at_once(wanted: int) -> int:

@@ -187,7 +187,8 @@ def _make_validate(
   keys = {n: (type(s.network), repr(s.network)) for n, s in specs.items()}
   chosen = {keys[name]: spec.network for name, spec in specs.items()}
   predicts = {
-    key: step_lib.parallel_predict(network) for key, network in chosen.items()
+    key: step_lib.parallel_predict(network, run_config.mapping)
+    for key, network in chosen.items()
   }
   batch_size = run_config.evaluation_batch_size
 

@@ -217,10 +217,12 @@ def make_predict(network: nn.Module) -> Callable[[Tree, Batch], Array]:
   return predict
 
 
-def parallel_predict(network: nn.Module) -> Callable[[Tree, Tree], Array]:
+def parallel_predict(
+  network: nn.Module, mapping: str = "pmap"
+) -> Callable[[Tree, Tree], Array]:
   """Returns `make_predict` of a network, mapped over the devices."""
   return devices.parallel(
-    make_predict(network), replicated=1, out_replicated=False
+    make_predict(network), replicated=1, out_replicated=False, mapping=mapping
   )
 
 

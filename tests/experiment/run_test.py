@@ -270,6 +270,7 @@ def test_the_primary_family_is_written_down_with_what_chooses_in_it(
       "shuffles the teacher.s outputs, which takes two images a device",
     ),
     ({"seeds_at_once": -1}, "seeds_at_once must be 0 or more: -1"),
+    ({"mapping": "vmap"}, "vmap"),
     ({"seeds_at_once": 2.0}, "a value is of another kind than it has to be"),
     (
       {"teachers": {"teacher_unet": {**TEACHER, "precompute": True}}},

@@ -6,7 +6,6 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 import tiny
 
 from kdseg.data import augment
@@ -539,81 +538,3 @@ def test_predicts_probabilities_of_bytes():
     found, 1 / (1 + np.exp(-np.asarray(logits))), rtol=1e-5
   )
   assert found.dtype == jnp.float32
-
-
-# ------------------------------------------------------------------- devices
-
-
-def test_a_batch_is_split_in_order():
-  x = np.arange(8)
-  np.testing.assert_array_equal(devices.shard(x), x.reshape(4, 2))
-
-
-def test_a_batch_that_does_not_split_says_what_to_change():
-  with pytest.raises(ValueError, match=r"batch of 6 .* 4 devices.*batch_size"):
-    devices.shard({"image": np.zeros((6, 2))})
-
-
-def test_replicated_arrays_are_on_every_device_without_an_axis():
-  [leaf] = jax.tree.leaves(devices.replicate({"w": np.ones(3)}))
-  assert leaf.shape == (3,)
-  assert len(leaf.devices()) == 4
-
-
-def test_empty_arguments_do_not_shift_the_axes():
-  function = devices.parallel(
-    lambda empty, w, x: x * w + jax.lax.psum(x, devices.AXIS),
-    replicated=2,
-    out_replicated=False,
-  )
-  found = function({}, jnp.float32(10), np.arange(4, dtype=np.float32))
-  np.testing.assert_array_equal(found, [6, 16, 26, 36])
-
-
-def test_each_shape_has_its_program_once_and_a_trace_needs_none():
-  traces = []
-
-  def scale(w, x):
-    traces.append(x.shape)
-    return x * w
-
-  function = devices.parallel(scale, replicated=1, out_replicated=False)
-  weight = jnp.float32(10)
-  for count in (1, 2, 1, 2):
-    x = np.ones((4, count), np.float32)
-    np.testing.assert_array_equal(function(weight, x), 10 * x)
-  assert traces == [(1,), (2,)]
-  x = np.ones((4, 3), np.float32)
-  function.lower(weight, x)()
-  np.testing.assert_array_equal(function(weight, x), 10 * x)
-  assert traces == [(1,), (2,), (3,)]
-  x = np.ones((4, 5), np.float32)
-  assert jax.eval_shape(function, weight, x).shape == (4, 5)
-  with jax.disable_jit():
-    np.testing.assert_array_equal(function(weight, x), 10 * x)
-
-
-def test_on_one_host_pmap_is_not_called_itself(monkeypatch):
-  pmap = jax.pmap
-
-  class Lowered:
-    def __init__(self, *arguments, **options):
-      self.lower = pmap(*arguments, **options).lower
-
-  monkeypatch.setattr(jax, "pmap", Lowered)
-  function = devices.parallel(
-    lambda w, x: w * x, replicated=1, out_replicated=False
-  )
-  for _ in range(2):
-    found = function(jnp.float32(3), np.arange(4, dtype=np.float32))
-    np.testing.assert_array_equal(found, [0, 3, 6, 9])
-
-
-def test_where_jax_looks_for_nans_it_says_so_as_ever():
-  function = devices.parallel(
-    lambda w, x: w / x, replicated=1, out_replicated=False
-  )
-  zeros = np.zeros(4, np.float32)
-  assert np.isnan(function(jnp.float32(0), zeros)).all()
-  with jax.debug_nans(True), pytest.raises(FloatingPointError, match="nan"):
-    function(jnp.float32(0), zeros)
