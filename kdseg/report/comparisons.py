@@ -39,12 +39,12 @@ def compare_all(
 
   Args:
     dataset: what it is called.
-    here: the rows there, of every arm and seed on the same images.
+    here: its rows, by arm and seed, all on the same images.
     meta: of report.json.
 
   Returns:
-    The comparisons, without verdicts, and a warning for each that cannot be
-    made.
+    The comparisons, without verdicts, and a warning for each arm that cannot
+    be compared.
   """
   made, warnings = [], []
   for arm, baseline in _pairs(dataset, here, meta):
@@ -53,12 +53,12 @@ def compare_all(
       made.append(_compare(dataset, (arm, baseline), seeds, here, meta))
     elif baseline in here:
       warnings.append(
-        f"{dataset}: {arm} and {baseline} share no seed; not compared"
+        f"{dataset}: {arm} was not compared, as it shares no seed with "
+        f"{baseline}"
       )
     else:
       warnings.append(
-        f"{dataset}: {arm} has no {baseline} beside it, so that nothing "
-        "can be said of its method"
+        f"{dataset}: {arm} was not compared, as {baseline} was not scored"
       )
   return made, warnings
 
@@ -158,7 +158,7 @@ def _verdict(comparison: Comparison, holm: float | None) -> str:
     return prefix + "not significant"
   sign = 1 if interval.value > 0 else -1
   if comparison.wilcoxon.leaning == -sign:
-    return prefix + "mixed: the mean and most images go opposite ways"
+    return prefix + "mixed: the mean and the ranks of images go opposite ways"
   word = "better" if sign > 0 else "worse"
   seeds = len(comparison.seeds)
   if seeds == 1:

@@ -49,8 +49,8 @@ def make_tables(rows: Iterable[cells.Row], meta: Meta) -> dict[str, str]:
 def _csv(summary: Summary) -> str:
   """Writes a row for every comparison of an arm on a data set, unrounded.
 
-  What an arm scored stands in each of its rows, and alone in one where it was
-  compared with nothing.
+  Each of them repeats the arm's scores. An arm without a comparison has one
+  row.
   """
   compared: dict[tuple[str, str], list[Any]] = {}
   for comparison in summary.comparisons:
