@@ -29,7 +29,6 @@ LINES_OF_A_FUNCTION = 60
 PARAMETERS = 8
 # What is larger, and why.
 LARGER = {
-  "doctor.trial.try_step: lines": "",
   "experiment.config._check_names: lines": "",
   "experiment.estimate.estimate: lines": "",
   "experiment.reporting._describe_protocol: lines": "",
@@ -274,6 +273,7 @@ def test_files_and_functions_are_short_but_for_named_exceptions():
     source = path.read_text(encoding="utf-8")
     found |= too_large(module.removeprefix("kdseg."), source)
   assert found - set(LARGER) == set(), "split it, or say in LARGER why not"
+  assert set(LARGER) - found == set(), "delete it from LARGER"
 
 
 @pytest.mark.parametrize(
