@@ -1,9 +1,16 @@
 """The quickstart in small: a config whose runs take seconds."""
 
+import csv
 import importlib.util
 import pathlib
+import shutil
 
+import jax.numpy as jnp
 import ml_collections
+
+from kdseg.experiment import config as config_lib
+from kdseg.experiment import records
+from kdseg.runtime import checkpoint
 
 QUICKSTART = pathlib.Path(__file__).parents[1] / "configs" / "quickstart.py"
 TEACHER = {
@@ -69,3 +76,51 @@ def make_config(data_dir, **changes):
   }
   entries["evaluation"]["batch_size"] = 8
   return ml_collections.ConfigDict(entries | changes)
+
+
+def make_run(config, workdir):
+  """What the stages of a run are given."""
+  return records.Run(config_lib.parse(config), pathlib.Path(workdir))
+
+
+def copy(finished, workdir, *parts):
+  """Starts a workdir with some of what a finished one holds; all without."""
+  if not parts:
+    return shutil.copytree(finished.workdir, workdir)
+  workdir.mkdir()
+  for part in parts:
+    source = finished.workdir / part
+    if source.is_dir():
+      shutil.copytree(source, workdir / part)
+    else:
+      shutil.copy2(source, workdir / part)
+  return workdir
+
+
+def snapshot(workdir):
+  """Returns {file: (its time, its content)} of a workdir."""
+  return {
+    str(path.relative_to(workdir)): (path.stat().st_mtime_ns, path.read_bytes())
+    for path in sorted(workdir.rglob("*"))
+    if path.is_file()
+  }
+
+
+def read_rows(workdir):
+  """Returns the rows of scores.csv as text."""
+  with open(workdir / "scores.csv", newline="", encoding="utf-8") as file:
+    return list(csv.DictReader(file))
+
+
+def variables_of(workdir, arm):
+  """Returns an arm's best weights."""
+  return checkpoint.load_variables(workdir / "arms" / arm)[0]
+
+
+# What is said then.
+TOO_MUCH = r"not enough memory \(RESOURCE_EXHAUSTED: Out of memory .*\d bytes\)"
+
+
+def allocate_too_much(*arguments, **options):
+  """Stands in for a function that takes more memory than there is."""
+  jnp.zeros(2**45, jnp.uint8).block_until_ready()

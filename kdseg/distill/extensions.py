@@ -9,6 +9,7 @@ import jax
 
 from kdseg import networks
 from kdseg.data import builder
+from kdseg.data import sets
 from kdseg.distill import term as term_lib
 from kdseg.distill import terms as terms_lib
 from kdseg.losses import boundary
@@ -67,6 +68,7 @@ class Extensions:
       ("terms", self.terms, (*shipped, *terms_lib.RESERVED)),
       ("regions", self.regions, boundary.REGIONS),
       ("students", self.students, networks.NETWORKS),
+      ("data_sets", self.data_sets, sets.BUILDERS),
     ):
       for name in sorted(set(mine) & set(taken)):
         raise ValueError(

@@ -1,13 +1,20 @@
-"""Reads and checks the config of an experiment: every refusal is here."""
+"""From a config file to typed records: every refusal of a config is here.
+
+`parse` turns the `ml_collections.ConfigDict` of a file in `configs/` into a
+`records.ExperimentConfig`, once; below it values are passed.
+"""
 
 import collections
 from collections.abc import Iterable
 from collections.abc import Mapping
 import dataclasses
+import json
 from typing import Any
+from typing import TypeVar
 
 from flax import linen as nn
 import jax
+import jax.numpy as jnp
 import ml_collections
 
 from kdseg import networks
@@ -16,84 +23,46 @@ from kdseg.data import sets
 from kdseg.distill import extensions as extensions_lib
 from kdseg.distill import method as method_lib
 from kdseg.evaluation import evaluate
-from kdseg.experiment import workdir as workdir_lib
+from kdseg.experiment.records import JOINT
+from kdseg.experiment.records import VALIDATION
+from kdseg.experiment.records import ArmId
+from kdseg.experiment.records import DataConfig
+from kdseg.experiment.records import EvaluationConfig
+from kdseg.experiment.records import ExperimentConfig
+from kdseg.experiment.records import TeacherConfig
 from kdseg.runtime import devices
 from kdseg.runtime import names as names_lib
+from kdseg.training import arms as arms_lib
 from kdseg.training import settings
 
-# What a data set's test split is called in scores.csv.
-TEST_NAMES = {name: b.test_name for name, b in sets.BUILDERS.items()}
+T = TypeVar("T")
 
-# Among the tests of a config: the images that choose, for a search of settings
-# that leaves the test sets alone.
-VALIDATION = "validation"
-
-# The mean of several teachers, as an arm of its own.
-JOINT = "teacher"
-
-# What a config holds, a key that is optional in brackets.
-_KEYS = (
-  *("seed", "log_every", "data", "augment", "segmentation", "encoder_weights"),
-  *("teachers", "distil_from", "precompute_teacher", "teacher_channels"),
-  *("teacher_out_tta", "methods", "students", "arms", "training"),
-  *("evaluation", "[primary]", "[seeds_at_once]", "[mapping]"),
-)
-
-_DATA_KEYS = (
-  *("name", "tests", "size", "batch_size", "manual_dir", "data_dir", "options"),
-)
-
-_EVALUATION_KEYS = ("batch_size", "tta", "teacher_tta", "[groups]")
-
-_TEACHER_KEYS = (
-  *("network", "options", "seed", "checkpoint", "precompute", "training"),
-)
-
-_ARM_KEYS = ("methods", "seeds")
+# Fields of the records that are no keys of a config.
+_MADE = ("tree", "builders")
 
 
 class ConfigError(ValueError):
   """A config that cannot be run; says which key and why."""
 
 
-@dataclasses.dataclass(frozen=True)
-class ArmId:
-  """A student to train: its arm in the tables, its method and its seed."""
+def parse(
+  config: ml_collections.ConfigDict,
+  extensions: extensions_lib.Extensions | None = None,
+) -> ExperimentConfig:
+  """Returns a config as records, checked but for the taps of its networks.
 
-  arm: str
-  student: str
-  method: str
-  seed: int
-
-  @property
-  def key(self) -> str:
-    """Names the arm and the seed in logs and folders."""
-    return f"{self.arm}-seed{self.seed}"
-
-
-def check(
-  config: ml_collections.ConfigDict, extensions: extensions_lib.Extensions
-) -> tuple[list[ArmId], dict[str, method_lib.Method]]:
-  """Returns every arm of a config, and its methods by name.
+  Args:
+    config: see `configs/`.
+    extensions: what a user adds and the config names.
 
   Raises:
     ConfigError: on a config that cannot be run.
+    UnknownNameError: on an unknown name, with the nearest known one.
   """
   try:
-    _check_keys(config)
-    _check_tests(config)
-    settings.seeds_at_once(config.get("seeds_at_once", 0))
-    names_lib.check_known(
-      "mapping", [config.get("mapping", "pmap")], devices.MAPPINGS
-    )
-    method_lib.check_segmentation(config.segmentation)
-    arm_ids = list_arms(config)
-    methods = {
-      name: method_lib.make_method(dict(options), extensions)
-      for name, options in config.methods.items()
-    }
-    _check_teachers(config)
-    _check_names(config, arm_ids, extensions)
+    parsed = _parse(config, extensions or extensions_lib.Extensions())
+    for check in (_check_data, _check_teachers, _check_methods, _check_rest):
+      check(parsed)
   except names_lib.UnknownNameError:
     raise
   except ValueError as error:
@@ -104,226 +73,247 @@ def check(
       f"a value is of another kind than it has to be ({error}); compare the "
       "config with those in configs/"
     ) from error
-  return arm_ids, methods
+  return parsed
 
 
-def _check_keys(config: ml_collections.ConfigDict) -> None:
+def _parse(
+  config: ml_collections.ConfigDict, extensions: extensions_lib.Extensions
+) -> ExperimentConfig:
+  """Makes the records."""
+  values = config.to_dict()
+  _check_keys(ExperimentConfig, values, "")
+  extensions.check_names()
+  teachers = {
+    name: _read(
+      TeacherConfig,
+      {**teacher, "training": _read_training(teacher, f"teachers.{name}.")},
+      f"teachers.{name}.",
+    )
+    for name, teacher in values["teachers"].items()
+  }
+  arms = _list_arms(values["arms"], values["methods"])
+  parts = {
+    "data": dataclasses.replace(
+      _read(DataConfig, values["data"], "data."),
+      builders={**sets.BUILDERS, **extensions.data_sets},
+    ),
+    "teachers": teachers,
+    "methods": {
+      name: method_lib.make_method(options, extensions)
+      for name, options in values["methods"].items()
+    },
+    "students": {
+      name: _make_student(name, values["students"].get(name, {}), extensions)
+      for name in dict.fromkeys(arm_id.student for arm_id in arms)
+    },
+    "arms": arms,
+    "training": _read_training(values, ""),
+    "evaluation": _read(EvaluationConfig, values["evaluation"], "evaluation."),
+    "tree": json.loads(config.to_json_best_effort()),
+  }
+  return ExperimentConfig(**{**values, **parts})
+
+
+def _read(record: type[T], values: Mapping[str, Any], prefix: str) -> T:
+  """Makes a record of a config's values; `prefix` names them in messages."""
+  _check_keys(record, values, prefix)
+  return record(**values)
+
+
+def _read_training(
+  values: Mapping[str, Any], prefix: str
+) -> settings.TrainConfig:
+  """Makes the record of a `training` and checks it."""
+  prefix += "training"
+  training = _read(settings.TrainConfig, values["training"], f"{prefix}.")
+  try:
+    training.check()
+  except ValueError as error:
+    raise ValueError(f"{prefix}: {error}") from error
+  return training
+
+
+def _check_keys(record: Any, values: Mapping[str, Any], prefix: str) -> None:
   """Raises ValueError on keys that are missing, or that nothing reads."""
-  parts = [
-    ("", config, _KEYS),
-    ("data.", config.get("data"), _DATA_KEYS),
-    ("evaluation.", config.get("evaluation"), _EVALUATION_KEYS),
-  ]
-  for group, keys in (("teachers", _TEACHER_KEYS), ("arms", _ARM_KEYS)):
-    entries = dict(config.get(group) or {})
-    parts += [(f"{group}.{n}.", entry, keys) for n, entry in entries.items()]
-  for prefix, part, keys in parts:
-    for key in keys:
-      if key not in part and not key.startswith("["):
-        raise ValueError(
-          f"the config has no {prefix}{key}, which kdseg "
-          f"{workdir_lib.version()} reads: it may be for another version; "
-          "compare it with those in configs/"
-        )
-    known = [prefix + key.strip("[]") for key in keys]
-    names_lib.check_known(
-      f"key of a config in kdseg {workdir_lib.version()}",
-      [prefix + key for key in part],
-      known,
+  fields = [f for f in dataclasses.fields(record) if f.name not in _MADE]
+  names_lib.check_known(
+    "key of a config",
+    [prefix + key for key in values],
+    [prefix + field.name for field in fields],
+  )
+  for field in fields:
+    optional = not (
+      field.default is field.default_factory is dataclasses.MISSING
     )
+    if field.name not in values and not optional:
+      raise ValueError(
+        f"the config has no {prefix}{field.name}: it may be for another "
+        "version; compare it with those in configs/"
+      )
 
 
-def _check_tests(config: ml_collections.ConfigDict) -> None:
-  """Raises ValueError on data that the config cannot name."""
-  c = config.data
-  names_lib.check_known("data set", [c.name], TEST_NAMES)
-  names_lib.check_known("data set", c.tests, (*TEST_NAMES, VALIDATION))
-  if not c.tests:
-    raise ValueError(
-      f'data.tests names nothing to score on; "{VALIDATION}" are the images '
-      "that choose"
-    )
-  if c.size % 32:
-    raise ValueError(f"data.size must be divisible by 32, not {c.size}")
-
-
-def list_arms(config: ml_collections.ConfigDict) -> list[ArmId]:
-  """Returns every arm that the config names, the first seeds first.
+def _list_arms(
+  arms: Mapping[str, Any], methods: Iterable[str]
+) -> tuple[ArmId, ...]:
+  """Returns every arm, the first seeds first.
 
   Raises:
-    ValueError: on a method that `config.methods` does not define, or an arm
-      that is named twice.
+    ValueError: on a method that is not defined, or an arm that is named twice.
   """
   arm_ids = []
-  for student, arm in config.arms.items():
+  for student, arm in arms.items():
+    names_lib.check_known(
+      "key of a config",
+      [f"arms.{student}.{key}" for key in arm],
+      [f"arms.{student}.{key}" for key in ("methods", "seeds")],
+    )
     for key in ("methods", "seeds"):
       twice = [v for v, n in collections.Counter(arm[key]).items() if n > 1]
       if twice:
         raise ValueError(f"arms.{student}.{key} has {twice[0]!r} twice")
-    for method in arm.methods:
-      if method not in config.methods:
-        raise ValueError(
-          f'arms.{student}: unknown method "{method}"; config.methods defines '
-          f"{', '.join(config.methods)}"
-        )
-      arm_ids += [
-        ArmId(f"{student}-{method}", student, method, int(seed))
-        for seed in arm.seeds
-      ]
-  return sorted(arm_ids, key=lambda arm_id: arm_id.seed)
+    names_lib.check_known(f"method of arms.{student}", arm["methods"], methods)
+    # A table tells arms apart by "<student>-<method>", and teachers by name.
+    if "-" in student or student.startswith(JOINT):
+      raise ValueError(
+        f'arms.{student}: the name of a student has no "-" and does not begin '
+        f'with "{JOINT}"; choose another'
+      )
+    arm_ids += [
+      ArmId(f"{student}-{method}", student, method, int(seed))
+      for method in arm["methods"]
+      for seed in arm["seeds"]
+    ]
+  return tuple(sorted(arm_ids, key=lambda arm_id: arm_id.seed))
 
 
-def _check_teachers(config: ml_collections.ConfigDict) -> None:
-  """Raises ValueError on teachers that cannot be told from students."""
-  for name in config.teachers:
+def _make_student(
+  name: str, options: Mapping[str, Any], extensions: extensions_lib.Extensions
+) -> nn.Module:
+  """Returns a student of the package, or one that a user adds."""
+  if name in extensions.students:
+    return extensions.students[name](axis_name=devices.AXIS, **options)
+  return networks.make_network(name, axis_name=devices.AXIS, **options)
+
+
+def _check_data(config: ExperimentConfig) -> None:
+  """Raises ValueError on data, batches or augmentations that cannot be."""
+  c = config.data
+  names_lib.check_known("data set", [c.name], c.builders)
+  names_lib.check_known("data set", c.tests, (*c.builders, VALIDATION))
+  if not c.tests:
+    raise ValueError(
+      "data.tests names nothing to score on; for the validation images write "
+      f'"{VALIDATION}"'
+    )
+  if c.size % 32:
+    raise ValueError(f"data.size must be divisible by 32, not {c.size}")
+  count = jax.device_count()
+  for key, size in (
+    ("data", c.batch_size),
+    ("evaluation", config.evaluation.batch_size),
+  ):
+    if size < 1 or size % count:
+      raise ValueError(
+        f"{key}.batch_size is {size}; it must be a multiple of the number of "
+        f"devices, {count}"
+      )
+  names_lib.check_known(
+    "augmentation", config.augment, augment_lib.Strengths._fields
+  )
+
+
+def _check_teachers(config: ExperimentConfig) -> None:
+  """Raises ValueError on teachers that cannot be trained, or told apart."""
+  for name, teacher in config.teachers.items():
     if not name.startswith("teacher_"):
       raise ValueError(
         f'teachers.{name}: call it "teacher_{name}", so that tables tell '
         "teachers from students"
       )
-  for name in config.distil_from:
-    if name not in config.teachers:
+    network = teacher.make()
+    if teacher.precompute and getattr(network, "trained_from", 0) < 1:
       raise ValueError(
-        f'distil_from names "{name}"; config.teachers defines '
-        f"{', '.join(config.teachers) or 'none'}"
+        f"teachers.{name}.precompute: this network has no frozen block whose "
+        "outputs could be computed once; set precompute to False, or "
+        "trained_from above 0"
       )
-
-
-def _check_names(
-  config: ml_collections.ConfigDict,
-  arm_ids: list[ArmId],
-  extensions: extensions_lib.Extensions,
-) -> None:
-  """Raises ValueError on a value that would only fail after hours."""
   names_lib.check_known(
-    "augmentation", config.augment, augment_lib.Strengths._fields
-  )
-  names_lib.check_known(
-    "tta",
-    [
-      config.evaluation.tta,
-      config.evaluation.teacher_tta,
-      config.teacher_out_tta,
-    ],
-    evaluate.TTA_MODES,
+    "teacher in distil_from", config.distil_from, config.teachers
   )
   if config.teacher_out_tta != "none" and not config.precompute_teacher:
     raise ValueError(
       f'teacher_out_tta is "{config.teacher_out_tta}": eight passes of the '
       "teacher a batch are only affordable with precompute_teacher"
     )
-  extensions.check_names()
-  for key, size in (
-    ("data.batch_size", config.data.batch_size),
-    ("evaluation.batch_size", config.evaluation.batch_size),
-  ):
-    if size < 1 or size % jax.device_count():
-      raise ValueError(
-        f"{key} is {size}; it must be a multiple of the number of devices, "
-        f"{jax.device_count()}"
-      )
-  for method, others in config.get("primary", ()):
-    for name in (method, *([others] if isinstance(others, str) else others)):
-      if name not in config.methods:
-        raise ValueError(
-          f'primary names the method "{name}"; config.methods defines '
-          f"{', '.join(config.methods)}"
-        )
-  for name in dict.fromkeys(arm_id.method for arm_id in arm_ids):
-    switches = config.methods[name]
-    if switches.get("terms") and not config.distil_from:
+
+
+def _check_methods(config: ExperimentConfig) -> None:
+  """Raises ValueError on methods that the run cannot train or compare."""
+  for one, others in config.primary:
+    names = (others,) if isinstance(others, str) else others
+    names_lib.check_known("method in primary", (one, *names), config.methods)
+  for name in dict.fromkeys(arm_id.method for arm_id in config.arms):
+    method = config.methods[name]
+    if method.terms and not config.distil_from:
       raise ValueError(
         f'method "{name}" has terms, which need a teacher: set distil_from'
       )
-    shuffled = switches.get("teacher_out", "own") == "shuffled"
-    if shuffled and config.data.batch_size // jax.device_count() < 2:
+    per_device = config.data.batch_size // jax.device_count()
+    if method.teacher_out == "shuffled" and per_device < 2:
       raise ValueError(
         f'method "{name}" shuffles the teacher\'s outputs, which takes two '
         "images a device: raise data.batch_size"
       )
-  for name in dict.fromkeys(arm_id.student for arm_id in arm_ids):
-    # A table tells arms apart by "<student>-<method>", and teachers by name.
-    if "-" in name or name.startswith(JOINT):
-      raise ValueError(
-        f'arms.{name}: the name of a student has no "-" and does not begin '
-        f'with "{JOINT}"; choose another'
-      )
-  training = make_train_config(dict(config.training))
-  training.check()
-  if arm_ids and training.max_steps <= 0 and training.epochs <= 0:
-    raise ValueError(f"training.epochs is {training.epochs}; take more than 0")
-  for name, teacher in config.teachers.items():
-    make_train_config(dict(teacher.training)).check()
-    network = networks.make_network(teacher.network, **dict(teacher.options))
-    if teacher.precompute and getattr(network, "trained_from", 0) < 1:
-      raise ValueError(
-        f"teachers.{name}.precompute: this network has no frozen block, so "
-        "there is nothing to compute before; set precompute to False, or "
-        "trained_from above 0"
-      )
-  for student in dict.fromkeys(arm_id.student for arm_id in arm_ids):
-    make_student(student, config, extensions)
 
 
-def test_name(config: ml_collections.ConfigDict, name: str) -> str:
-  """Returns what an entry of `data.tests` is called in scores.csv."""
-  if name == VALIDATION:
-    return f"{config.data.name}_{VALIDATION}"
-  return TEST_NAMES[name]
+def _check_rest(config: ExperimentConfig) -> None:
+  """Raises ValueError on other values that would only fail after hours."""
+  settings.seeds_at_once(config.seeds_at_once)
+  names_lib.check_known("mapping", [config.mapping], devices.MAPPINGS)
+  method_lib.check_segmentation(config.segmentation)
+  evaluation = config.evaluation
+  modes = [evaluation.tta, evaluation.teacher_tta, config.teacher_out_tta]
+  names_lib.check_known("tta", modes, evaluate.TTA_MODES)
+  if config.arms and config.training.steps(1, 1) < 1:
+    raise ValueError(
+      f"training.epochs is {config.training.epochs}; take more than 0"
+    )
 
 
-def make_run_config(config: ml_collections.ConfigDict) -> settings.RunConfig:
-  """Returns what all stages of the run have in common."""
-  return settings.RunConfig(
-    seed=config.seed,
-    batch_size=config.data.batch_size,
-    evaluation_batch_size=config.evaluation.batch_size,
-    size=config.data.size,
-    segmentation=dict(config.segmentation),
-    augment=dict(config.augment),
-    encoder_weights=config.encoder_weights,
-    log_every=config.log_every,
-    seeds_at_once=settings.seeds_at_once(config.get("seeds_at_once", 0)),
-    mapping=config.get("mapping", "pmap"),
+def check_taps(config: ExperimentConfig) -> None:
+  """Refuses methods that compare features which a network does not have.
+
+  Apart from `parse`, as it traces the networks.
+
+  Raises:
+    ConfigError: that names the method and the tap.
+  """
+  compared: dict[str, list[str]] = {}
+  for arm_id in config.arms:
+    if config.methods[arm_id.method].needs_taps:
+      compared.setdefault(arm_id.student, []).append(arm_id.method)
+  if not compared:
+    return
+  teachers = [
+    _outputs(config.teachers[name].make(), config.data.size)
+    for name in config.distil_from
+  ]
+  for student, methods in compared.items():
+    outputs = _outputs(config.students[student], config.data.size)
+    for name in dict.fromkeys(methods):
+      for teacher in teachers:
+        try:
+          arms_lib.check_taps(config.methods[name].taps, outputs, teacher)
+        except ValueError as error:
+          raise ConfigError(
+            f'method "{name}" of arms.{student}: {error}'
+          ) from error
+
+
+def _outputs(network: nn.Module, size: int) -> list[str]:
+  """Returns the names of a network's outputs."""
+  image = jnp.zeros((1, size, size, 3))
+  shapes = jax.eval_shape(
+    lambda rng: network.init_with_output(rng, image)[0], jax.random.key(0)
   )
-
-
-def make_train_config(options: Mapping[str, Any]) -> settings.TrainConfig:
-  """Returns the training that a config describes.
-
-  Raises:
-    ValueError: on an unknown key, with the nearest known one, or a missing one.
-  """
-  fields = dataclasses.fields(settings.TrainConfig)
-  names_lib.check_known("key of a training", options, [f.name for f in fields])
-  for field in fields:
-    if field.default is dataclasses.MISSING and field.name not in options:
-      raise ValueError(f"a training needs {field.name}: set it in the config")
-  return settings.TrainConfig(**options)
-
-
-def is_drawn(teacher: ml_collections.ConfigDict) -> bool:
-  """Whether a teacher of a config is neither trained nor taken from a file."""
-  training = make_train_config(dict(teacher.training))
-  return not teacher.checkpoint and not training.steps(1, 1)
-
-
-def make_student(
-  name: str,
-  config: ml_collections.ConfigDict,
-  extensions: extensions_lib.Extensions,
-) -> nn.Module:
-  """Returns the student of that name, with the options that the config has.
-
-  Raises:
-    ValueError: on an unknown name or option.
-  """
-  options = dict(config.students.get(name, {}))
-  if name in extensions.students:
-    return extensions.students[name](axis_name=devices.AXIS, **options)
-  return networks.make_network(name, axis_name=devices.AXIS, **options)
-
-
-def list_taps(methods: Iterable[method_lib.Method]) -> tuple[str, ...]:
-  """Returns the names of all features that the methods compare."""
-  return tuple(sorted({tap for m in methods if m.needs_taps for tap in m.taps}))
+  return list(shapes)

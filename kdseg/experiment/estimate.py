@@ -2,6 +2,7 @@
 
 import collections
 from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 import pathlib
@@ -16,13 +17,16 @@ import numpy as np
 
 from kdseg import networks
 from kdseg.data import orientations
-from kdseg.distill import extensions as extensions_lib
+from kdseg.distill import method as method_lib
 from kdseg.experiment import config as config_lib
+from kdseg.experiment import jobs
 from kdseg.experiment import splits
 from kdseg.experiment import students
 from kdseg.experiment import teachers as teachers_lib
-from kdseg.report import scores as scores_lib
-from kdseg.runtime import checkpoint
+from kdseg.experiment.jobs import Job
+from kdseg.experiment.records import JOINT
+from kdseg.experiment.records import ExperimentConfig
+from kdseg.experiment.records import Run
 from kdseg.runtime import devices
 from kdseg.runtime import memory
 from kdseg.training import arms as arms_lib
@@ -48,19 +52,51 @@ class Item:
     return self.count * self.seconds
 
 
+@dataclasses.dataclass(frozen=True)
+class _Bench:
+  """What is timed, and with what.
+
+  Attributes:
+    run: the experiment.
+    data: its images; only their number matters.
+    repeats: of each function; the median counts.
+    passes: seconds of a forward pass by network; filled as they are measured.
+  """
+
+  run: Run
+  data: splits.Data
+  repeats: int
+  passes: dict[str, float] = dataclasses.field(default_factory=dict)
+
+  @property
+  def config(self) -> ExperimentConfig:
+    return self.run.config
+
+  def batch(self) -> dict[str, np.ndarray]:
+    """Returns a batch of zeros, as the arms are given it."""
+    size, count = self.config.data.size, self.config.data.batch_size
+    image = np.zeros((count, size, size, 3), np.float32)
+    return devices.shard({"image": image, "mask": image[..., 0]})
+
+  def initial(self, network: nn.Module) -> Tree:
+    """Returns a network's variables, randomly initialised."""
+    return networks.make_variables(
+      network, jax.random.key(0), size=self.config.data.size, weights=False
+    )
+
+
 def estimate(
   config: ml_collections.ConfigDict,
   workdir: str | pathlib.Path,
   *,
   repeats: int = 5,
 ) -> list[Item]:
-  """Measures every kind of work that is left to do, on this machine.
+  """Measures every job that is left to do, on this machine.
 
-  Each compiled function runs on zeros, its compilation left out. Networks
-  that `workdir` holds already are not trained again, and scores not taken
-  again; a training that was stopped half-way counts whole, and so do passes of
-  a frozen teacher that a cache may hold. Reading and augmenting data, writing
-  files and the boundary metrics of the scores are left out.
+  Each compiled function runs on zeros, its compilation left out. A training
+  that was stopped half-way counts whole, and so do passes of a frozen teacher
+  that a cache may hold. Reading and augmenting data, writing files and the
+  boundary metrics of the scores are left out.
 
   Args:
     config: see `configs/`.
@@ -68,231 +104,222 @@ def estimate(
     repeats: of each function; the median counts.
 
   Raises:
-    ValueError: on a config that cannot be run.
-    DataError: if the data are not as they should be.
+    ConfigError: on a config that cannot be run.
+    DataError: if images are missing or damaged.
     OutOfMemoryError: if something takes more memory than there is.
   """
-  workdir = pathlib.Path(workdir)
-  arm_ids, methods = config_lib.check(config, extensions_lib.Extensions())
-  untrained = students.list_untrained(workdir, arm_ids)
-  run_config = dataclasses.replace(
-    config_lib.make_run_config(config), encoder_weights=False
+  parsed = config_lib.parse(config)
+  # What weights a network starts from costs nothing.
+  parsed = dataclasses.replace(parsed, encoder_weights=False)
+  run = Run(parsed, pathlib.Path(workdir))
+  bench = _Bench(run, splits.load(parsed.data), repeats)
+  items: dict[str, Item] = {}
+  for job in jobs.list_jobs(run):
+    for item in _TIMERS[job.kind](bench, job):
+      before = items.get(item.what)
+      count = item.count + (before.count if before else 0)
+      items[item.what] = dataclasses.replace(item, count=count)
+  return [item for item in items.values() if item.count]
+
+
+def _time_encoding(bench: _Bench, job: Job) -> list[Item]:
+  # Counted as whole passes: the frozen blocks are most of them.
+  return [_all_views(bench, job.name, "encoding")]
+
+
+def _all_views(bench: _Bench, name: str, what: str) -> Item:
+  """Times passes of a teacher over all orientations of the training images."""
+  size = bench.config.evaluation.batch_size
+  batches = -(-len(bench.data.train) // size)
+  network = bench.config.teachers[name].make()
+  return Item(
+    f"{name}: {what}, passes of {size}",
+    batches * orientations.ORIENTATIONS,
+    _time_pass(bench, name, network),
   )
-  data = splits.load(config)
-  batch, evaluated = config.data.batch_size, config.evaluation.batch_size
-  scored, _ = scores_lib.recover(workdir / "scores.csv")
-  done = set(scores_lib.groups(scored))
-  all_views = -(-len(data.train) // evaluated) * orientations.ORIENTATIONS
-  image = _zeros((evaluated, config.data.size, config.data.size, 3), np.uint8)
 
-  def passes_left(arm: str, seed: int, tta: str) -> int:
-    views = orientations.ORIENTATIONS if tta == "dihedral" else 1
-    return views * sum(
-      -(-len(arrays) // evaluated)
-      for test, arrays in data.tests.items()
-      if (arm, seed, test) not in done
+
+def _time_teacher(bench: _Bench, job: Job) -> list[Item]:
+  config = bench.config.teachers[job.name]
+  if config.is_random:
+    return []
+  network, batch = config.make(), bench.batch()
+  if config.precompute:
+    shapes = jax.eval_shape(
+      lambda v, x: network.apply(v, x, method="encode"),
+      bench.initial(network),
+      batch["image"].reshape(-1, *batch["image"].shape[2:]),
     )
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
+    batch["encoder_features"] = devices.shard(zeros)
+  spec = arms_lib.ArmSpec(job.name, network, 0, bench.run.workdir, {})
+  return _time_training(bench, job.name, spec, 1, config.training, batch)
 
-  def time_pass(what: str, network: nn.Module, variables: Tree) -> float:
-    predict = step_lib.parallel_predict(network, run_config.mapping)
-    with memory.enough(
-      f"{what}: passes of {evaluated}", settings.LOWER_EVALUATION
-    ):
-      held = devices.replicate(variables)
-      given = devices.shard({"image": image})
-      return _median(lambda: predict(held, given), repeats)
 
-  def time_updates(
-    what: str,
-    spec: arms_lib.ArmSpec,
-    training: settings.TrainConfig,
-    prepared: Tree,
-    steps: int,
-    seeds: int,
-  ) -> float:
-    """Returns the seconds of an update of so many seeds by one program."""
-    teacher_std = None
-    if spec.method.normalise == "std":
-      teacher_std = {
-        tap: np.ones(x.shape[-1], np.float32)
-        for tap, x in prepared["teacher_out"].items()
-      }
-    with teachers_lib.enough_to_train(what, seeds, config, seeds):
-      # One kind a call, so that no more than one program takes memory.
-      arms = arms_lib.make_arms(
-        {
-          str(seed): dataclasses.replace(spec, seed=seed)
-          for seed in range(seeds)
-        },
-        run_config,
-        training,
-        steps,
-        teacher_std,
+def _time_students(bench: _Bench, job: Job) -> list[Item]:
+  config, batch = bench.config, bench.batch()
+  group = [arm_id for arm_id in config.arms if arm_id.key in job.arms]
+  items, teacher_out = _time_teacher_out(
+    bench, [config.methods[arm_id.method] for arm_id in group], batch
+  )
+  counts = collections.Counter(arm_id.arm for arm_id in group)
+  for arm_id in group:
+    count = counts.pop(arm_id.arm, 0)
+    if count:
+      spec = students.make_spec(bench.run, arm_id, teacher_out)
+      what = f"{arm_id.arm} x {count}"
+      items += _time_training(bench, what, spec, count, config.training, batch)
+  return items
+
+
+def _time_teacher_out(
+  bench: _Bench, methods: Sequence[method_lib.Method], batch: Tree
+) -> tuple[list[Item], Mapping[str, jax.ShapeDtypeStruct]]:
+  """Times the teacher's outputs for a group, and puts them into the batch.
+
+  Returns:
+    The items, and the shapes of the outputs for one image.
+  """
+  config = bench.config
+  networks_ = {
+    name: config.teachers[name].make() for name in config.distil_from
+  }
+  teacher = teachers_lib.join_teachers(
+    teachers_lib.Teacher(network, bench.initial(network))
+    for network in networks_.values()
+  )
+  is_needed = any(method.terms for method in methods)
+  if teacher is None or not (is_needed or config.precompute_teacher):
+    return [], {}
+  teach = prepare_lib.make_teach(
+    teacher.network,
+    students.list_taps(methods),
+    channels=config.teacher_channels,
+  )
+  variables = devices.replicate(teacher.variables)
+  mapped = devices.parallel(teach, replicated=1, out_replicated=False)
+  batch["teacher_out"] = mapped(variables, batch["image"])
+  shapes = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct((1, *x.shape[2:]), x.dtype),
+    batch["teacher_out"],
+  )
+  if config.precompute_teacher:
+    return [_all_views(bench, name, "outputs") for name in networks_], shapes
+  size = config.data.batch_size
+  item = Item(
+    f"{'+'.join(networks_)}: outputs, batches of {size}",
+    config.training.steps(len(bench.data.train), size),
+    _median(lambda: mapped(variables, batch["image"]), bench.repeats),
+  )
+  return [item], shapes
+
+
+def _time_score(bench: _Bench, job: Job) -> list[Item]:
+  config, size = bench.config, bench.config.evaluation.batch_size
+  if job.name == JOINT:
+    names, tta = config.distil_from, config.evaluation.teacher_tta
+  elif job.name in config.teachers:
+    names, tta = (job.name,), config.evaluation.teacher_tta
+  else:
+    names, tta = (), config.evaluation.tta
+  used = [(name, config.teachers[name].make()) for name in names]
+  if not used:
+    student = next(a.student for a in config.arms if a.arm == job.name)
+    used = [(job.name, config.students[student])]
+  views = orientations.ORIENTATIONS if tta == "dihedral" else 1
+  return [
+    Item(
+      f"{job.name}: scoring, passes of {size}",
+      views * -(-len(bench.data.tests[job.test]) // size),
+      sum(_time_pass(bench, name, network) for name, network in used),
+    )
+  ]
+
+
+_TIMERS: Mapping[str, Callable[[_Bench, Job], list[Item]]] = {
+  jobs.ENCODE: _time_encoding,
+  jobs.TEACHER: _time_teacher,
+  jobs.STUDENTS: _time_students,
+  jobs.SCORE: _time_score,
+}
+
+
+def _time_pass(bench: _Bench, what: str, network: nn.Module) -> float:
+  """Returns the seconds of a forward pass of an evaluation batch."""
+  kind = repr(network)
+  if kind not in bench.passes:
+    size, count = bench.config.data.size, bench.config.evaluation.batch_size
+    image = np.zeros((count, size, size, 3), np.uint8)
+    predict = step_lib.parallel_predict(network, bench.config.mapping)
+    with memory.enough(f"{what}: passes of {count}", settings.LOWER_EVALUATION):
+      variables = devices.replicate(bench.initial(network))
+      batch = devices.shard({"image": image})
+      bench.passes[kind] = _median(
+        lambda: predict(variables, batch), bench.repeats
       )
-      [group] = arms_lib.make_groups(arms, seeds)
-      return _median(lambda: group.update(prepared), repeats)
+  return bench.passes[kind]
 
-  def time_training(
-    what: str,
-    spec: arms_lib.ArmSpec,
-    training: settings.TrainConfig,
-    prepared: Tree,
-    predict: float,
-    count: int = 1,
-  ) -> list[Item]:
-    steps = training.steps(len(data.train), batch)
-    at_once = min(count, run_config.seeds_at_once)
-    stacks = collections.Counter([at_once] * (count // at_once))
-    if count % at_once:
-      stacks[count % at_once] += 1
-    seconds = sum(
-      number * time_updates(what, spec, training, prepared, steps, seeds)
-      for seeds, number in stacks.items()
-    )
-    per_epoch = len(data.train) / batch
-    validations = -(
-      -steps // max(1, round(training.validate_epochs * per_epoch))
-    )
-    passes = -(-len(data.validation) // evaluated)
-    return [
-      Item(f"{what}: steps of {batch}", count * steps, seconds / count),
-      Item(
-        f"{what}: validation, passes of {evaluated}",
-        count * validations * passes,
-        predict,
-      ),
-    ]
 
-  side = config.data.size
-  prepared = devices.shard(
-    {
-      "image": _zeros((batch, side, side, 3)),
-      "mask": _zeros((batch, side, side)),
+def _time_training(
+  bench: _Bench,
+  what: str,
+  spec: arms_lib.ArmSpec,
+  count: int,
+  training: settings.TrainConfig,
+  batch: Tree,
+) -> list[Item]:
+  """Times the training of so many seeds of an arm, and its validations."""
+  config, data = bench.config, bench.data
+  size, evaluated = config.data.batch_size, config.evaluation.batch_size
+  steps = training.steps(len(data.train), size)
+  at_once = min(count, config.run_config.seeds_at_once)
+  stacks = collections.Counter([at_once] * (count // at_once))
+  if count % at_once:
+    stacks[count % at_once] += 1
+  seconds = sum(
+    number * _time_update(bench, what, spec, seeds, training, batch)
+    for seeds, number in stacks.items()
+  )
+  every = max(1, round(training.validate_epochs * len(data.train) / size))
+  validations = -(-steps // every)
+  passes = -(-len(data.validation) // evaluated)
+  return [
+    Item(f"{what}: steps of {size}", count * steps, seconds / count),
+    Item(
+      f"{what}: validation, passes of {evaluated}",
+      count * validations * passes,
+      _time_pass(bench, spec.kind, spec.network),
+    ),
+  ]
+
+
+def _time_update(
+  bench: _Bench,
+  what: str,
+  spec: arms_lib.ArmSpec,
+  seeds: int,
+  training: settings.TrainConfig,
+  batch: Tree,
+) -> float:
+  """Returns the seconds of an update of so many seeds by one program."""
+  teacher_std = None
+  if spec.method.normalise == "std":
+    teacher_std = {
+      tap: np.ones(x.shape[-1], np.float32)
+      for tap, x in batch["teacher_out"].items()
     }
-  )
-  taught_arms = [p for p in untrained if methods[p.method].terms]
-  items, teachers, seconds = [], {}, {}
-  tta = config.evaluation.teacher_tta
-  for name, c in config.teachers.items():
-    network = networks.make_network(
-      c.network, axis_name=devices.AXIS, **dict(c.options)
+  steps = training.steps(len(bench.data.train), bench.config.data.batch_size)
+  with teachers_lib.enough_to_train(bench.run, what, seeds, seeds):
+    # Arms of one kind alone, so that no other program takes memory.
+    arms = arms_lib.make_arms(
+      {str(s): dataclasses.replace(spec, seed=s) for s in range(seeds)},
+      bench.config.run_config,
+      training,
+      steps,
+      teacher_std,
     )
-    variables = _initial(network, side)
-    teachers[name] = teachers_lib.Teacher(network, variables)
-    training = config_lib.make_train_config(dict(c.training))
-    ready = c.checkpoint or checkpoint.is_finished(workdir / "teachers" / name)
-    trains = not ready and training.steps(len(data.train), batch) > 0
-    teaches = bool(taught_arms) and name in config.distil_from
-    left = passes_left(name, int(c.seed), tta)
-    if not (trains or teaches or left):
-      continue
-    seconds[name] = time_pass(name, network, variables)
-    if trains:
-      given = prepared
-      if c.precompute:
-        # Counted as a whole pass: the frozen blocks are most of it.
-        items.append(
-          Item(
-            f"{name}: encoding, passes of {evaluated}",
-            all_views,
-            seconds[name],
-          )
-        )
-        shapes = jax.eval_shape(
-          lambda v, x, n=network: n.apply(v, x, method="encode"),
-          variables,
-          _zeros((batch, side, side, 3)),
-        )
-        encoder_features = jax.tree.map(lambda x: _zeros(x.shape), shapes)
-        given = prepared | {"encoder_features": devices.shard(encoder_features)}
-      items += time_training(
-        name,
-        arms_lib.ArmSpec(name, network, 0, workdir, {}),
-        training,
-        given,
-        seconds[name],
-      )
-    if teaches and config.precompute_teacher:
-      items.append(
-        Item(
-          f"{name}: answers, passes of {evaluated}", all_views, seconds[name]
-        )
-      )
-    items.append(
-      Item(f"{name}: scoring, passes of {evaluated}", left, seconds[name])
-    )
-  if len(config.distil_from) > 1:
-    left = passes_left(config_lib.JOINT, int(config.seed), tta)
-    each = sum(seconds.get(name, 0.0) for name in config.distil_from)
-    items.append(
-      Item(f"{config_lib.JOINT}: scoring, passes of {evaluated}", left, each)
-    )
-
-  training = config_lib.make_train_config(dict(config.training))
-  teacher_out = {}
-  teacher = teachers_lib.join_teachers(config, teachers)
-  if teacher is not None and taught_arms:
-    teach = prepare_lib.make_teach(
-      teacher.network,
-      config_lib.list_taps(methods[arm_id.method] for arm_id in untrained),
-      channels=config.teacher_channels,
-    )
-    held = devices.replicate(teacher.variables)
-    ask = devices.parallel(teach, replicated=1, out_replicated=False)
-    prepared["teacher_out"] = ask(held, prepared["image"])
-    teacher_out = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct((1, *x.shape[2:]), x.dtype),
-      prepared["teacher_out"],
-    )
-    if not config.precompute_teacher:
-      items.append(
-        Item(
-          f"{'+'.join(config.distil_from)}: answers, batches of {batch}",
-          training.steps(len(data.train), batch),
-          _median(lambda: ask(held, prepared["image"]), repeats),
-        )
-      )
-  predicts: dict[str, float] = {}
-  for arm in dict.fromkeys(arm_id.arm for arm_id in arm_ids):
-    group = [arm_id for arm_id in untrained if arm_id.arm == arm]
-    left = sum(
-      passes_left(arm, arm_id.seed, config.evaluation.tta)
-      for arm_id in arm_ids
-      if arm_id.arm == arm
-      and not (workdir / "arms" / arm_id.key / "failed.json").exists()
-    )
-    if not (group or left):
-      continue
-    student = next(arm_id.student for arm_id in arm_ids if arm_id.arm == arm)
-    network = config_lib.make_student(
-      student, config, extensions_lib.Extensions()
-    )
-    if repr(network) not in predicts:
-      predicts[repr(network)] = time_pass(arm, network, _initial(network, side))
-    if group:
-      items += time_training(
-        f"{arm} x {len(group)}",
-        students.make_spec(
-          group[0],
-          config,
-          workdir,
-          methods,
-          teacher_out,
-          extensions_lib.Extensions(),
-        ),
-        training,
-        prepared,
-        predicts[repr(network)],
-        len(group),
-      )
-    items.append(
-      Item(
-        f"{arm}: scoring, passes of {evaluated}",
-        left,
-        predicts[repr(network)],
-      )
-    )
-  return [item for item in items if item.count]
+    [group] = arms_lib.make_groups(arms, seeds)
+    return _median(lambda: group.update(batch), bench.repeats)
 
 
 def format_items(items: Sequence[Item]) -> str:
@@ -309,16 +336,6 @@ def format_items(items: Sequence[Item]) -> str:
     "compiling, reading, augmenting and writing come on top."
   )
   return "\n".join(lines)
-
-
-def _zeros(shape: Sequence[int], dtype: Any = np.float32) -> np.ndarray:
-  return np.zeros(shape, dtype)
-
-
-def _initial(network: nn.Module, side: int) -> Tree:
-  return networks.make_variables(
-    network, jax.random.key(0), size=side, weights=False
-  )
 
 
 def _median(function: Callable[[], Tree], repeats: int) -> float:

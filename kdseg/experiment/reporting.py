@@ -6,16 +6,16 @@ import logging
 import pathlib
 from typing import Any
 
-import ml_collections
 import numpy as np
 from PIL import Image
 
 from kdseg import networks
-from kdseg.distill import extensions as extensions_lib
 from kdseg.evaluation import metrics
-from kdseg.experiment import config as config_lib
 from kdseg.experiment import scoring
-from kdseg.experiment import splits
+from kdseg.experiment import students
+from kdseg.experiment.records import JOINT
+from kdseg.experiment.records import Run
+from kdseg.experiment.splits import Data
 from kdseg.report import overlays
 from kdseg.report import scores as scores_lib
 from kdseg.report import tables
@@ -23,51 +23,15 @@ from kdseg.runtime import checkpoint
 from kdseg.runtime import files
 
 _LOG = logging.getLogger("kdseg")
-# What the report was made of, written after it.
+# Digest of what the report was made of, written after it.
 _REPORTED = ".reported"
 
 
-def is_finished(
-  config: ml_collections.ConfigDict,
-  workdir: pathlib.Path,
-  arm_ids: list[config_lib.ArmId],
-) -> bool:
-  """Whether every arm is scored, and the report made of these scores."""
-  scores, reported = workdir / "scores.csv", workdir / _REPORTED
-  if not all(
-    path.exists() for path in (scores, reported, workdir / "table.md")
-  ):
-    return False
-  # By content: clocks go wrong, and copies have other times.
-  if reported.read_bytes() != _name_sources(workdir):
-    return False
-  rows, _ = scores_lib.recover(scores)
-  done = set(scores_lib.groups(rows))
-  tests = [config_lib.test_name(config, name) for name in config.data.tests]
-  wanted = {
-    (arm_id.arm, arm_id.seed, test)
-    for arm_id in arm_ids
-    if not (workdir / "arms" / arm_id.key / "failed.json").exists()
-    for test in tests
-  }
-  wanted |= {
-    (name, int(config.teachers[name].seed), test)
-    for name in config.teachers
-    for test in tests
-  }
-  return wanted <= done
-
-
-def write_report(
-  config: ml_collections.ConfigDict,
-  workdir: pathlib.Path,
-  data: splits.Data,
-  arm_ids: list[config_lib.ArmId],
-  extensions: extensions_lib.Extensions,
-) -> None:
+def write_report(run: Run, data: Data) -> None:
   """Writes report.json, the tables and overlays.png from what lies there."""
+  workdir = run.workdir
   rows = scores_lib.read(workdir / "scores.csv")
-  meta = _describe_protocol(config, workdir, data, arm_ids, extensions)
+  meta = _describe(run, data)
   checkpoint.write_json(workdir / "report.json", meta)
   cases, title = _pick_cases(workdir, data, rows)
   if cases:
@@ -76,83 +40,29 @@ def write_report(
   for name, text in tables.make_tables(rows, meta).items():
     files.write_text(workdir / name, text)
   with files.whole(workdir / _REPORTED) as file:
-    file.write(_name_sources(workdir))
+    file.write(_digest_sources(workdir))
 
 
-def _name_sources(workdir: pathlib.Path) -> bytes:
-  """Names the content of what a report is made from."""
+def is_reported(run: Run) -> bool:
+  """Whether the report was made of the config and the scores that are there."""
+  paths = [run.workdir / name for name in (_REPORTED, "scores.csv", "table.md")]
+  # By content: clocks go wrong, and copies have other times.
+  return all(path.exists() for path in paths) and (
+    paths[0].read_bytes() == _digest_sources(run.workdir)
+  )
+
+
+def _digest_sources(workdir: pathlib.Path) -> bytes:
   digest = hashlib.sha256()
   for name in ("config.json", "scores.csv"):
     digest.update(hashlib.sha256((workdir / name).read_bytes()).digest())
   return digest.hexdigest().encode() + b"\n"
 
 
-def _describe_protocol(
-  config: ml_collections.ConfigDict,
-  workdir: pathlib.Path,
-  data: splits.Data,
-  arm_ids: list[config_lib.ArmId],
-  extensions: extensions_lib.Extensions,
-) -> dict[str, Any]:
-  """Returns what `report.meta` calls meta."""
-  size = config.data.size
-  arms, notes = {}, []
-  folders = {name: workdir / "teachers" / name for name in config.teachers}
-  for arm_id in arm_ids:
-    folder = workdir / "arms" / arm_id.key
-    if checkpoint.is_finished(folder):
-      folders.setdefault(arm_id.arm, folder)
-  macs: dict[str, float] = {}
-  for arm, folder in folders.items():
-    if not checkpoint.is_finished(folder):
-      continue
-    about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-    if arm in config.teachers:
-      network = networks.make_network(
-        about["network"], **dict(config.teachers[arm].options)
-      )
-    else:
-      network = config_lib.make_student(about["network"], config, extensions)
-    if repr(network) not in macs:
-      macs[repr(network)] = networks.count_macs(network, size=size)
-    arms[arm] = {
-      "parameters": about["parameters"],
-      "macs": macs[repr(network)],
-    }
-  if len(config.distil_from) > 1:
-    parts = [arms[name] for name in config.distil_from]
-    arms[config_lib.JOINT] = {
-      key: sum(part[key] for part in parts) for key in ("parameters", "macs")
-    }
-    notes.append(
-      f"{config_lib.JOINT} is the mean probability of "
-      f"{', '.join(config.distil_from)}"
-    )
-  for arm_id in arm_ids:
-    for name in ("about.json", "failed.json"):
-      path = workdir / "arms" / arm_id.key / name
-      if path.exists():
-        why = json.loads(path.read_text(encoding="utf-8"))["diverged"]
-        if why:
-          notes.append(f"{arm_id.arm}, seed {arm_id.seed}, diverged: {why}")
-  excluded = ", ".join(data.train.excluded)
-  if excluded:
-    notes.append(
-      f"kept out of training, as duplicates of test images: {excluded}"
-    )
-  training = config_lib.make_train_config(dict(config.training))
-  if config.teacher_out_tta != "none":
-    notes.append(
-      "what the students are taught is the mean of the teacher's logits and "
-      "features over eight orientations; a teacher's score is that of the mean "
-      "of its probabilities"
-      if config.evaluation.teacher_tta != "none"
-      else "what the students are taught is the mean of the teacher's logits "
-      "and features over eight orientations; its score is without averaging"
-    )
-  tta = config.evaluation.tta
-  if config.evaluation.teacher_tta != tta:
-    tta += f" (teachers: {config.evaluation.teacher_tta})"
+def _describe(run: Run, data: Data) -> dict[str, Any]:
+  """Returns what `report.summary` calls meta."""
+  config = run.config
+  tta, teacher_tta = config.evaluation.tta, config.evaluation.teacher_tta
   meta: dict[str, Any] = {
     "train": {
       "name": config.data.name,
@@ -160,54 +70,106 @@ def _describe_protocol(
       "official": data.train.official_count,
     },
     "datasets": {
-      # The images that choose are a part of the official training set.
+      # The validation images are a part of the official training set.
       test: {"found": len(arrays)}
       if arrays is data.validation
       else {"found": arrays.found_count, "official": arrays.official_count}
       for test, arrays in data.tests.items()
     },
     "protocol": {
-      "resolution": size,
+      "resolution": config.data.size,
       "threshold": metrics.THRESHOLD,
       "interpolation": "bilinear",
-      "test_time_augmentation": tta,
+      "test_time_augmentation": (
+        tta if teacher_tta == tta else f"{tta} (teachers: {teacher_tta})"
+      ),
       "checkpoint": (
-        f"best validation Dice, every {training.validate_epochs:g} epochs"
+        "best validation Dice, every "
+        f"{config.training.validate_epochs:g} epochs"
       ),
     },
-    "arms": arms,
+    "arms": _describe_networks(run),
     "baseline": "none",
-    "notes": notes,
+    "notes": _list_notes(run, data),
   }
   if config.distil_from:
-    teacher = (
-      config_lib.JOINT if len(config.distil_from) > 1 else config.distil_from[0]
-    )
-    # One that knows nothing is a control, which need not be ahead of students.
-    drawn = all(
-      config_lib.is_drawn(config.teachers[name]) for name in config.distil_from
-    )
-    meta["teacher"] = "" if drawn else teacher
-  if "primary" in config:
-    meta["primary"] = _primary_family(config, data)
-    meta["validation"] = _validation_dice(workdir, arm_ids)
-  groups = dict(config.evaluation.get("groups", {}))
-  if groups:
-    meta["groups"] = {name: list(ids) for name, ids in groups.items()}
+    # A control that knows nothing need not be ahead of its students.
+    is_control = all(config.teachers[n].is_random for n in config.distil_from)
+    one = config.distil_from[0] if len(config.distil_from) == 1 else JOINT
+    meta["teacher"] = "" if is_control else one
+  if config.primary:
+    meta["primary"] = _primary_family(run, data)
+    meta["validation"] = _validation_dice(run)
+  if config.evaluation.groups:
+    meta["groups"] = {n: list(i) for n, i in config.evaluation.groups.items()}
   return meta
 
 
-def _primary_family(
-  config: ml_collections.ConfigDict, data: splits.Data
-) -> list[dict[str, Any]]:
+def _describe_networks(run: Run) -> dict[str, dict[str, float]]:
+  """Returns {arm: {"parameters", "macs"}} of every finished network."""
+  config = run.config
+  networks_ = {
+    name: (teacher.make(), run.teacher_folder(name))
+    for name, teacher in config.teachers.items()
+  }
+  for arm_id in config.arms:
+    folder = run.arm_folder(arm_id)
+    if checkpoint.is_finished(folder):
+      student = config.students[arm_id.student]
+      networks_.setdefault(arm_id.arm, (student, folder))
+  macs: dict[str, float] = {}
+  found = {}
+  for arm, (network, folder) in networks_.items():
+    kind = repr(network)
+    if kind not in macs:
+      macs[kind] = networks.count_macs(network, size=config.data.size)
+    about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+    found[arm] = {"parameters": about["parameters"], "macs": macs[kind]}
+  if len(config.distil_from) > 1:
+    parts = [found[name] for name in config.distil_from]
+    found[JOINT] = {
+      key: sum(part[key] for part in parts) for key in ("parameters", "macs")
+    }
+  return found
+
+
+def _list_notes(run: Run, data: Data) -> list[str]:
+  """Returns sentences that stand below the tables."""
+  config, notes = run.config, []
+  if len(config.distil_from) > 1:
+    notes.append(
+      f"{JOINT} is the mean probability of {', '.join(config.distil_from)}"
+    )
+  for arm_id in config.arms:
+    why = students.read_about(run, arm_id).get("diverged")
+    if why:
+      notes.append(f"{arm_id.arm}, seed {arm_id.seed}, diverged: {why}")
+  if data.train.excluded:
+    notes.append(
+      "kept out of training, as duplicates of test images: "
+      f"{', '.join(data.train.excluded)}"
+    )
+  if config.teacher_out_tta != "none":
+    scored = (
+      "a teacher's score is that of the mean of its probabilities"
+      if config.evaluation.teacher_tta != "none"
+      else "its score is without test-time augmentation"
+    )
+    notes.append(
+      "the students learn from the mean of the teacher's logits and features "
+      f"over eight orientations; {scored}"
+    )
+  return notes
+
+
+def _primary_family(run: Run, data: Data) -> list[dict[str, Any]]:
   """Returns the comparisons that `config.primary` names, for every student.
 
-  It holds pairs of methods, (one, the other); of several others the report
-  takes the best on validation.
+  Of several others the report takes the best on validation.
   """
   family = []
-  for student in config.arms:
-    for method, others in config.primary:
+  for student in run.config.students:
+    for method, others in run.config.primary:
       against: Any = f"{student}-{others}"
       if not isinstance(others, str):
         against = [f"{student}-{other}" for other in others]
@@ -218,22 +180,19 @@ def _primary_family(
   return family
 
 
-def _validation_dice(
-  workdir: pathlib.Path, arm_ids: list[config_lib.ArmId]
-) -> dict[str, dict[str, float]]:
+def _validation_dice(run: Run) -> dict[str, dict[str, float]]:
   """Returns {arm: {seed: Dice of the weights that were kept}}."""
   found: dict[str, dict[str, float]] = {}
-  for arm_id in arm_ids:
-    path = workdir / "arms" / arm_id.key / "about.json"
-    if path.exists():
-      about = json.loads(path.read_text(encoding="utf-8"))
+  for arm_id in run.config.arms:
+    about = students.read_about(run, arm_id)
+    if "validation_dice" in about:
       by_seed = found.setdefault(arm_id.arm, {})
       by_seed[str(arm_id.seed)] = about["validation_dice"]
   return found
 
 
 def _pick_cases(
-  workdir: pathlib.Path, data: splits.Data, rows: list[scores_lib.Row]
+  workdir: pathlib.Path, data: Data, rows: list[scores_lib.Row]
 ) -> tuple[list[overlays.Case], str]:
   """Picks from the first seed of every arm on the first test set; a title."""
   test, arrays = next(iter(data.tests.items()))
@@ -248,7 +207,7 @@ def _pick_cases(
       i = index[identity]
       truth = arrays.native_mask(i)
       image = Image.fromarray(arrays.image[i]).resize(truth.shape[::-1])
-      path = scoring.prediction_path(workdir, arm, seed, test, identity)
+      path = scoring.prediction_path(workdir, (arm, seed, test), identity)
       if not path.exists():
         _LOG.warning("overlays.png goes without %s, which is not there", path)
         continue

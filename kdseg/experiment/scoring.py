@@ -1,27 +1,32 @@
-"""Stage 3: scores every arm on every test set."""
+"""Stage 3: scores every network on every test set, once.
 
-from collections.abc import Callable
+The rows of the network and test set in work are noted batch by batch in
+scoring.jsonl, so that a stopped run resumes within them.
+"""
+
 from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
+import dataclasses
 import functools
 import json
 import logging
 import pathlib
-from typing import Any
 
-import jax
-import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from PIL import Image
 
 from kdseg.data import loading
-from kdseg.distill import extensions as extensions_lib
 from kdseg.evaluation import evaluate
-from kdseg.experiment import config as config_lib
-from kdseg.experiment import splits
+from kdseg.experiment import frozen
+from kdseg.experiment import jobs
 from kdseg.experiment import teachers as teachers_lib
+from kdseg.experiment.jobs import Job
+from kdseg.experiment.records import JOINT
+from kdseg.experiment.records import Run
+from kdseg.experiment.records import TrainedNetwork
+from kdseg.experiment.splits import Data
+from kdseg.experiment.teachers import Teacher
 from kdseg.report import scores as scores_lib
 from kdseg.runtime import checkpoint
 from kdseg.runtime import devices
@@ -32,159 +37,138 @@ from kdseg.runtime import preemption
 from kdseg.training import settings
 from kdseg.training import step as step_lib
 
-Tree = Any
 _LOG = logging.getLogger("kdseg")
-# The rows of the group that is being scored, a batch a line.
-_NOTED = "scoring.jsonl"
 
 
-def score(
-  config: ml_collections.ConfigDict,
-  workdir: pathlib.Path,
-  data: splits.Data,
-  arm_ids: list[config_lib.ArmId],
-  teachers: Mapping[str, teachers_lib.Teacher],
-  extensions: extensions_lib.Extensions,
-  stop: preemption.Stop,
-) -> None:
-  """Scores every arm on every test set, once; rows go to scores.csv.
-
-  The rows of the group that is being scored are noted, for the case that it is
-  stopped.
+def score(run: Run, data: Data, teachers: Mapping[str, Teacher]) -> None:
+  """Scores what has no scores yet; rows go to scores.csv.
 
   Raises:
-    StoppedError: if `stop` says so.
+    StoppedError: if `run.stop` says so.
+    OutOfMemoryError: if a batch does not fit into memory.
   """
-  path = workdir / "scores.csv"
-  asked = hosts.share_question(stop)
-  expected = {test: arrays.ids for test, arrays in data.tests.items()}
-
-  def look() -> tuple[list[Any], list[bool]]:
-    rows, dropped = scores_lib.recover(path, expected)
-    if dropped:
-      _LOG.warning("scores.csv: scored again, as cut off: %s", dropped)
-    return list(scores_lib.groups(rows)), [
-      checkpoint.is_finished(workdir / "arms" / arm_id.key)
-      for arm_id in arm_ids
-    ]
-
-  found, finished_plans = hosts.on_first(look)
-  done = {tuple(group) for group in found}
-  joint = teachers_lib.join_teachers(config, teachers)
-  entries: list[tuple[str, int, Callable[[], teachers_lib.Teacher]]] = [
-    (name, int(config.teachers[name].seed), lambda t=teacher: t)
-    for name, teacher in teachers.items()
-  ]
-  if joint is not None and len(config.distil_from) > 1:
-    entries.append((config_lib.JOINT, config.seed, lambda: joint))
-  for arm_id, is_there in zip(arm_ids, finished_plans):
-    if is_there:
-      entries.append(
-        (
-          arm_id.arm,
-          arm_id.seed,
-          functools.partial(_student, arm_id, config, workdir, extensions),
-        )
-      )
-  predicts: dict[str, Callable[..., Any]] = {}
-  # Of as many images as there are, this takes a moment.
+  run = dataclasses.replace(run, stop=hosts.share_question(run.stop))
+  ids = {test: arrays.ids for test, arrays in data.tests.items()}
+  # Of many images, this takes a moment.
   fingerprint = functools.cache(
     lambda test: loading.fingerprint(data.tests[test])
   )
-  for arm, seed, finished in entries:
-    for test, arrays in data.tests.items():
-      if (arm, seed, test) in done:
-        continue
-      network = finished()
-      if repr(network.network) not in predicts:
-        predicts[repr(network.network)] = step_lib.parallel_predict(
-          network.network, config.get("mapping", "pmap")
-        )
-      is_teacher = arm.startswith(config_lib.JOINT)
-      tta = (
-        config.evaluation.teacher_tta if is_teacher else config.evaluation.tta
+  predicts: dict[str, evaluate.Predict] = {}
+  for job in jobs.list_jobs(run, ids):
+    if job.kind != jobs.SCORE:
+      continue
+    trained = _load(run, job, teachers)
+    kind = repr(trained.network)
+    if kind not in predicts:
+      predicts[kind] = step_lib.parallel_predict(
+        trained.network, run.config.mapping
       )
-      scored = _score_group(
-        (arm, seed, test),
-        network,
-        predicts[repr(network.network)],
-        arrays,
-        workdir,
-        batch_size=config.evaluation.batch_size,
-        tta=tta,
-        fingerprint=fingerprint,
-        stop=asked,
+    rows = _score(
+      run,
+      job,
+      trained,
+      predicts[kind],
+      data.tests[job.test],
+      fingerprint(job.test) if hosts.is_first() else "",
+    )
+    if hosts.is_first():
+      names: evaluate.Row = {
+        "arm": job.name,
+        "seed": job.seed,
+        "dataset": job.test,
+      }
+      scores_lib.append(
+        run.workdir / "scores.csv", [{**names, **row} for row in rows], ids
       )
-      if hosts.is_first():
-        scores_lib.append(
-          path,
-          [
-            {"arm": arm, "seed": seed, "dataset": test, **row} for row in scored
-          ],
-          expected,
-        )
-        (workdir / _NOTED).unlink()
-      _LOG.info(
-        "scores: %s seed %d on %s: Dice %.4f",
-        arm, seed, test, np.mean([row["dice"] for row in scored]),
-      )  # fmt: skip
+      _noted(run).unlink()
+    _LOG.info(
+      "scores: %s seed %d on %s: Dice %.4f",
+      job.name, job.seed, job.test, np.mean([row["dice"] for row in rows]),
+    )  # fmt: skip
 
 
-def _score_group(
-  group: scores_lib.Group,
-  teacher: teachers_lib.Teacher,
-  predict: Callable[..., Any],
+def _load(
+  run: Run, job: Job, teachers: Mapping[str, Teacher]
+) -> TrainedNetwork:
+  """Returns the network that a job scores."""
+  config = run.config
+  if job.name in teachers:
+    return teachers[job.name]
+  if job.name == JOINT:
+    joint = teachers_lib.join_teachers(
+      teachers[name] for name in config.distil_from
+    )
+    assert joint is not None
+    return joint
+  [arm_id] = [
+    arm_id
+    for arm_id in config.arms
+    if (arm_id.arm, arm_id.seed) == (job.name, job.seed)
+  ]
+  network = config.students[arm_id.student]
+  variables = frozen.tree_of_first(
+    lambda: checkpoint.load_variables(run.arm_folder(arm_id))[0],
+    frozen.expected_variables(network, config.data.size),
+  )
+  return TrainedNetwork(network, variables)
+
+
+def _score(
+  run: Run,
+  job: Job,
+  trained: TrainedNetwork,
+  predict: evaluate.Predict,
   arrays: loading.Arrays,
-  workdir: pathlib.Path,
-  *,
-  batch_size: int,
-  tta: str,
-  fingerprint: Callable[[str], str],
-  stop: preemption.Stop,
+  fingerprint: str,
 ) -> list[evaluate.Row]:
   """Scores one network on one test set, from where it was stopped.
 
   Raises:
-    StoppedError: if `stop` says so.
+    StoppedError: if `run.stop` says so.
   """
-  arm, seed, test = group
-  noted = workdir / _NOTED
+  config = run.config.evaluation
+  tta = config.teacher_tta if job.name.startswith(JOINT) else config.tta
+  who = f"{job.name} seed {job.seed}"
 
   def look() -> list[list[evaluate.Row]]:
-    how = (arm, str(seed), test, tta, str(batch_size))
-    key = teachers_lib.content_key(fingerprint(test), teacher.variables, *how)
-    return _read_noted(noted, key)
+    how = (job.name, str(job.seed), job.test, tta, str(config.batch_size))
+    key = frozen.content_key(fingerprint, trained.variables, *how)
+    return _read_noted(_noted(run), key)
 
   def note(rows: Sequence[evaluate.Row]) -> None:
     if hosts.is_first():
-      checkpoint.append_json_line(noted, rows)
-    preemption.check(stop, f"{arm} seed {seed} was scored on {test}")
+      checkpoint.append_json_line(_noted(run), rows)
+    preemption.check(run.stop, f"{who} was scored on {job.test}")
 
   before = hosts.on_first(look)
   if before:
     _LOG.info(
-      "scores: %s seed %d on %s goes on from image %d of %d",
-      arm, seed, test, sum(map(len, before)), len(arrays),
+      "scores: %s on %s resumes at image %d of %d",
+      who, job.test, sum(map(len, before)), len(arrays),
     )  # fmt: skip
-  what = f"scores: {arm} seed {seed} on {test} in batches of {batch_size}"
+  what = f"scores: {who} on {job.test} in batches of {config.batch_size}"
   with memory.enough(what, settings.LOWER_EVALUATION):
     return evaluate.score(
       predict,
-      devices.replicate(teacher.variables),
+      devices.replicate(trained.variables),
       arrays,
-      batch_size=batch_size,
+      batch_size=config.batch_size,
       tta=tta,
-      keep=functools.partial(_save_prediction, workdir, arm, seed, test),
+      keep=functools.partial(_save_prediction, run.workdir, job[1:4]),
       before=before,
       note=note,
     )
+
+
+def _noted(run: Run) -> pathlib.Path:
+  return run.workdir / "scoring.jsonl"
 
 
 def _read_noted(path: pathlib.Path, key: str) -> list[list[evaluate.Row]]:
   """Returns the batches that were noted under this key; begins with none."""
   if path.exists():
     with contextlib.suppress(ValueError):
-      # A line that was cut off is none.
+      # A line without its end was cut off.
       lines = path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
       head, *batches = [json.loads(line) for line in lines]
       if head == {"key": key}:
@@ -194,45 +178,28 @@ def _read_noted(path: pathlib.Path, key: str) -> list[list[evaluate.Row]]:
   return []
 
 
-def _student(
-  arm_id: config_lib.ArmId,
-  config: ml_collections.ConfigDict,
-  workdir: pathlib.Path,
-  extensions: extensions_lib.Extensions,
-) -> teachers_lib.Teacher:
-  network = config_lib.make_student(arm_id.student, config, extensions)
-
-  def load() -> Tree:
-    return checkpoint.load_variables(workdir / "arms" / arm_id.key)[0]
-
-  if not hosts.are_many():
-    return teachers_lib.Teacher(network, load())
-  size = config.data.size
-  expected = jax.eval_shape(
-    network.init, jax.random.key(0), jnp.zeros((1, size, size, 3))
-  )
-  return teachers_lib.Teacher(
-    network, teachers_lib.tree_of_first(load, expected)
-  )
-
-
 def prediction_path(
-  workdir: pathlib.Path, arm: str, seed: int, test: str, identity: str
+  workdir: pathlib.Path, group: scores_lib.Group, image_id: str
 ) -> pathlib.Path:
-  """Returns where the predicted mask of one image is kept."""
-  name = identity.replace("/", "_")
+  """Returns where the predicted mask of one image is kept.
+
+  Args:
+    workdir: of the run.
+    group: (arm, seed, test set), as in scores.csv.
+    image_id: of the image.
+  """
+  arm, seed, test = group
+  name = image_id.replace("/", "_")
   return workdir / "predictions" / f"{arm}-seed{seed}" / test / f"{name}.png"
 
 
 def _save_prediction(
   workdir: pathlib.Path,
-  arm: str,
-  seed: int,
-  test: str,
-  identity: str,
+  group: scores_lib.Group,
+  image_id: str,
   mask: np.ndarray,
 ) -> None:
-  path = prediction_path(workdir, arm, seed, test, identity)
+  path = prediction_path(workdir, group, image_id)
   with files.writing(path):
     path.parent.mkdir(parents=True, exist_ok=True)
   with files.whole(path) as file:

@@ -5,12 +5,12 @@ import dataclasses
 import logging
 from typing import Any
 
-import ml_collections
-
 from kdseg.data import archives
 from kdseg.data import loading
-from kdseg.experiment import config as config_lib
+from kdseg.experiment.records import VALIDATION
+from kdseg.experiment.records import DataConfig
 from kdseg.runtime import hosts
+from kdseg.runtime import memory
 
 _LOG = logging.getLogger("kdseg")
 
@@ -23,44 +23,42 @@ class Data:
   validation: loading.Arrays
   tests: Mapping[str, loading.Arrays]
 
+  def by_name(self) -> dict[str, loading.Arrays]:
+    """Returns every split by the name that environment.json gives it."""
+    return {"train": self.train, "validation": self.validation, **self.tests}
 
-def check_agreement(data: Data) -> None:
-  """Refuses hosts that would train on different images.
-
-  Raises:
-    DataError: that names the split.
-  """
-  if not hosts.are_many():
-    return
-  splits = {"train": data.train, "validation": data.validation, **data.tests}
-  found = hosts.gather(
-    {name: loading.fingerprint(arrays) for name, arrays in splits.items()}
-  )
-  for name in splits:
-    if len({host[name] for host in found}) > 1:
-      raise archives.DataError(
-        f"the hosts do not have the same {name} images; give each of them the "
-        "same archives"
-      )
+  def describe(self) -> dict[str, dict[str, Any]]:
+    """Returns facts about each split, for environment.json."""
+    return {
+      name: {
+        "name": arrays.name,
+        "images": len(arrays),
+        "coverage": arrays.coverage,
+        "excluded": list(arrays.excluded),
+        "sha256": loading.fingerprint(arrays),
+      }
+      for name, arrays in self.by_name().items()
+    }
 
 
-def load(config: ml_collections.ConfigDict) -> Data:
+def load(config: DataConfig) -> Data:
   """Reads every split that the config names.
 
   Raises:
     ValueError: if a split is empty.
-    DataError: see `data.loading.load`.
+    DataError: if images are missing or damaged, or other on another host.
+    OutOfMemoryError: if they do not fit into memory.
   """
-  c = config.data
 
-  def load(name: str, split: str) -> loading.Arrays:
+  def read(name: str, split: str) -> loading.Arrays:
     arrays = loading.load(
       name,
       split,
-      size=c.size,
-      data_dir=c.data_dir or None,
-      manual_dir=c.manual_dir or None,
-      **dict(c.options.get(name, {})),
+      size=config.size,
+      data_dir=config.data_dir or None,
+      manual_dir=config.manual_dir or None,
+      builders=config.builders,
+      **config.options.get(name, {}),
     )
     if not len(arrays):
       raise ValueError(f"{name}: the {split} split holds no image")
@@ -69,29 +67,40 @@ def load(config: ml_collections.ConfigDict) -> Data:
     )
     return arrays
 
-  validation = load(c.name, "validation")
-  return Data(
-    train=load(c.name, "train"),
-    validation=validation,
-    tests={
-      config_lib.test_name(config, name): (
-        validation if name == config_lib.VALIDATION else load(name, "test")
-      )
-      for name in c.tests
-    },
+  with memory.enough(
+    f"data: images of {config.size} x {config.size}",
+    "Free some, then the same command continues; or lower data.size, in "
+    "another --workdir",
+  ):
+    validation = read(config.name, "validation")
+    data = Data(
+      train=read(config.name, "train"),
+      validation=validation,
+      tests={
+        config.test_name(test): (
+          validation if test == VALIDATION else read(test, "test")
+        )
+        for test in config.tests
+      },
+    )
+  _check_agreement(data)
+  return data
+
+
+def _check_agreement(data: Data) -> None:
+  """Refuses hosts that would train on different images.
+
+  Raises:
+    DataError: that names the split.
+  """
+  if not hosts.are_many():
+    return
+  found = hosts.gather(
+    {name: loading.fingerprint(a) for name, a in data.by_name().items()}
   )
-
-
-def describe(data: Data) -> dict[str, dict[str, Any]]:
-  """Returns facts about each split, for environment.json."""
-  every = {"train": data.train, "validation": data.validation, **data.tests}
-  return {
-    name: {
-      "name": arrays.name,
-      "images": len(arrays),
-      "coverage": arrays.coverage,
-      "excluded": list(arrays.excluded),
-      "sha256": loading.fingerprint(arrays),
-    }
-    for name, arrays in every.items()
-  }
+  for name in data.by_name():
+    if len({host[name] for host in found}) > 1:
+      raise archives.DataError(
+        f"the hosts do not have the same {name} images; give each of them the "
+        "same archives"
+      )

@@ -1,11 +1,9 @@
-"""What lies in a workdir, and whose it is."""
+"""A workdir: its lock, and whether it belongs to this config and these data."""
 
-from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 import contextlib
 import fcntl
-import functools
 from importlib import metadata
 import json
 import os
@@ -16,13 +14,9 @@ import sys
 from typing import Any
 
 import jax
-import ml_collections
 
 from kdseg.runtime import checkpoint
 from kdseg.runtime import files
-from kdseg.runtime import hosts
-
-Log = Callable[[Mapping[str, Any]], None]
 
 PACKAGES = (
   "kdseg",
@@ -37,15 +31,16 @@ PACKAGES = (
   "tensorflow-datasets",
 )
 
-# What a key has for a value that one of two configs does not have.
+# Of what lies in a workdir. Raise it when a run cannot continue what an earlier
+# version wrote.
+FORMAT = 1
+# Stands for the value of a key that only one of two configs has.
 ABSENT = object()
-# What may change within a run: its numbers stay, up to rounding.
+# Keys that may change within a run: its numbers stay, up to rounding.
 _FREE = (
   *("evaluation.batch_size", "data.manual_dir", "data.data_dir"),
   *("seeds_at_once", "mapping"),
 )
-# What an earlier version did not have, or a config may leave out.
-_OPTIONAL = ("seeds_at_once", "mapping")
 
 
 class WorkdirError(RuntimeError):
@@ -73,53 +68,63 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
     yield
 
 
-def check_config(
-  config: ml_collections.ConfigDict, workdir: pathlib.Path
-) -> bool:
-  """Whether config.json says the same; checks that it is of the same run.
+def check_config(config: Mapping[str, Any], workdir: pathlib.Path) -> bool:
+  """Whether config.json says the same; refuses that of another run.
 
-  Arms and methods may be added to a run, arms taken away, the primary family of
-  comparisons changed, the size of the evaluation's batches and how many seeds
-  are updated at once, which memory decides, and where the data lie, which
-  `check_data` knows by their content; nothing else may change.
+  What may change: arms and methods may be added and arms left out; the primary
+  family of comparisons; where the data lie, as `check_data` knows them by
+  their content; and what memory decides, the size of the evaluation's batches
+  and how many seeds are updated at once.
+
+  Args:
+    config: as JSON.
+    workdir: of the run; need not exist.
 
   Raises:
-    WorkdirError: that names the first key which differs.
+    WorkdirError: that names the first key which differs, or says that another
+      version wrote the workdir.
   """
   path = workdir / "config.json"
-  new = json.loads(config.to_json_best_effort())
-  if path.exists():
-    try:
-      old = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-      raise WorkdirError(
-        f"{path} is damaged ({error}); put a copy in its place, or choose "
-        "another --workdir"
-      ) from error
-    for key, before, now in differences(old, new):
-      top, *inner = key.split(".")
-      whole_method = top == "methods" and len(inner) == 1
-      came_or_went = before is ABSENT or now is ABSENT
-      if top in ("arms", "primary") or (whole_method and came_or_went):
-        continue
-      if key in _FREE and (key in _OPTIONAL or not came_or_went):
-        continue
-      raise WorkdirError(_other_config(workdir, key, before, now))
-    return old == new
-  return False
+  if not path.exists():
+    return False
+  try:
+    old = json.loads(path.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise WorkdirError(
+      f"{path} is damaged ({error}); put a copy in its place, or choose "
+      "another --workdir"
+    ) from error
+  if old.pop("format", None) != FORMAT:
+    raise WorkdirError(
+      f"{workdir} was written by another version of kdseg, which its "
+      "environment.json names: continue it with that one, or choose another "
+      "--workdir"
+    )
+  for key, before, now in differences(old, config):
+    top, *inner = key.split(".")
+    whole_method = top == "methods" and len(inner) == 1
+    came_or_went = before is ABSENT or now is ABSENT
+    if key in _FREE or top in ("arms", "primary"):
+      continue
+    if whole_method and came_or_went:
+      continue
+    what, way_out = say_change(key, before, now)
+    raise WorkdirError(
+      f"{workdir} holds a run of another config: {what}; choose another "
+      f"--workdir, or {way_out}"
+    )
+  return bool(old == config)
 
 
-def adopt_config(
-  config: ml_collections.ConfigDict, workdir: pathlib.Path
-) -> None:
+def adopt_config(config: Mapping[str, Any], workdir: pathlib.Path) -> None:
   """Writes config.json, unless it says the same; see `check_config`.
 
   Raises:
-    WorkdirError: that names the first key which differs.
+    WorkdirError: see `check_config`.
   """
   if not check_config(config, workdir):
-    new = json.loads(config.to_json_best_effort())
-    checkpoint.write_json(workdir / "config.json", new)
+    tree = {"format": FORMAT, **config}
+    checkpoint.write_json(workdir / "config.json", tree)
 
 
 def check_data(
@@ -134,7 +139,10 @@ def check_data(
   Raises:
     WorkdirError: that names the split.
   """
-  before = _environment(workdir).get("data", {})
+  path = workdir / "environment.json"
+  if not path.exists():
+    return
+  before = json.loads(path.read_text(encoding="utf-8"))["data"]
   for split, facts in data.items():
     known = before.get(split, {})
     if known.get("sha256", facts["sha256"]) != facts["sha256"]:
@@ -146,22 +154,6 @@ def check_data(
       )
 
 
-def _other_config(
-  workdir: pathlib.Path, key: str, before: Any, now: Any
-) -> str:
-  """Returns what to say of a workdir whose config has another `key`."""
-  made_by = _made_by(workdir)
-  here = _name_version(version(), commit())
-  what, way_out = say_change(key, before, now)
-  whose = "holds a run of another config"
-  if made_by and made_by != here:
-    whose += f", made by {made_by}, and this is {here}"
-    if before is ABSENT or now is ABSENT:
-      # The other version had no such key, and this one cannot do without.
-      way_out = "go on with that version"
-  return f"{workdir} {whose}: {what}; choose another --workdir, or {way_out}"
-
-
 def say_change(key: str, before: Any, now: Any) -> tuple[str, str]:
   """Returns what to say of a key that changed, and what would undo it."""
   if before is ABSENT:
@@ -169,36 +161,6 @@ def say_change(key: str, before: Any, now: Any) -> tuple[str, str]:
   if now is ABSENT:
     return f"{key} was {before!r} and is not there now", "put it back"
   return f"{key} was {before!r} and is {now!r} now", "the old value"
-
-
-def _made_by(workdir: pathlib.Path) -> str:
-  """Names the version that worked last in a workdir; "" if nothing tells."""
-  found = _environment(workdir)
-  try:
-    return _name_version(found["versions"]["kdseg"], found.get("commit", ""))
-  except (LookupError, TypeError):
-    return ""
-
-
-def _environment(workdir: pathlib.Path) -> dict[str, Any]:
-  """Returns what environment.json says; {} where it says nothing."""
-  with contextlib.suppress(OSError, ValueError):
-    found = json.loads((workdir / "environment.json").read_text("utf-8"))
-    if isinstance(found, dict):
-      return found
-  return {}
-
-
-def _name_version(number: str, commit_: str) -> str:
-  return f"kdseg {number} (commit {commit_})" if commit_ else f"kdseg {number}"
-
-
-def version() -> str:
-  """Returns the version of the package; "unknown" if it is not installed."""
-  try:
-    return metadata.version("kdseg")
-  except metadata.PackageNotFoundError:
-    return "unknown"
 
 
 def differences(
@@ -265,10 +227,3 @@ def commit() -> str:
     if pathlib.Path(git("rev-parse", "--show-toplevel")) == package.parent:
       return git("describe", "--always", "--dirty", "--abbrev=12")
   return os.environ.get("KDSEG_COMMIT", "")
-
-
-def make_log(workdir: pathlib.Path) -> Log:
-  """Returns what writes log.jsonl; nothing on any host but the first."""
-  if not hosts.is_first():
-    return lambda record: None
-  return functools.partial(checkpoint.append_json_line, workdir / "log.jsonl")

@@ -1,161 +1,219 @@
-"""Every config that is shipped can be run, down to its last name."""
-
-import ast
-import functools
-import importlib.util
-import pathlib
-import re
-
-import jax
-import jax.numpy as jnp
 import pytest
+from tiny_run import TEACHER
+from tiny_run import make_config
 
-from kdseg import networks
-from kdseg.distill import method as method_lib
-from kdseg.distill import terms as terms_lib
+from kdseg.distill import extensions as extensions_lib
 from kdseg.experiment import config as config_lib
 from kdseg.experiment import run
-from kdseg.experiment import workdir as workdir_lib
-from kdseg.networks.teachers import ensemble
-from kdseg.training import arms as arms_lib
-from kdseg.training import prepare as prepare_lib
-
-FOLDER = pathlib.Path(__file__).parents[2] / "configs"
-PATHS = sorted(FOLDER.glob("*.py"))
-
-pytestmark = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 
 
-@functools.cache
-def load(path):
-  spec = importlib.util.spec_from_file_location(path.stem, path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"distil_from": ()}, 'method "mbf" has terms, which need a teacher'),
+    (
+      {"methods": {"none": {}, "mbf": {"terms": {"kd": 1.0},
+                                       "teacher_out": "shuffled"}, "boom": {}},
+       "data": 4},
+      "shuffles the teacher.s outputs, which takes two images a device",
+    ),
+    ({"seeds_at_once": -1}, "seeds_at_once must be 0 or more: -1"),
+    ({"mapping": "vmap"}, 'mapping "vmap"'),
+    ({"seeds_at_once": 2.0}, "a value is of another kind than it has to be"),
+    (
+      {"teachers": {"teacher_unet": {**TEACHER, "precompute": True}}},
+      "teacher_unet.precompute: this network has no frozen block",
+    ),
+  ],
+)  # fmt: skip
+def test_what_would_fail_after_hours_fails_at_once(change, message, data_dir):
+  size = change.pop("data", None)
+  config = make_config(data_dir, **change)
+  if size:
+    config.data.batch_size = size
+  with pytest.raises(ValueError, match=message):
+    config_lib.parse(config)
 
 
-def variants(path):
-  """Configs of a file by variant, those that its head names."""
-  module = load(path)
-  names = re.findall(rf"--config configs/{path.name}:(\w+)", module.__doc__)
-  return {"": module.get_config()} | {n: module.get_config(n) for n in names}
+@pytest.mark.parametrize(
+  "extensions",
+  [
+    extensions_lib.Extensions(terms={"fitnet": None}),
+    extensions_lib.Extensions(terms={"loss": None}),
+    extensions_lib.Extensions(regions={"all": None}),
+    extensions_lib.Extensions(students={"enet": None}),
+  ],
+)
+def test_a_name_that_is_taken_is_refused(extensions, data_dir):
+  with pytest.raises(ValueError, match="is taken; choose another"):
+    config_lib.parse(make_config(data_dir), extensions)
 
 
-def shapes(network, size):
-  image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-  return jax.eval_shape(network.init, jax.random.key(0), image)
+def test_a_primary_family_of_unknown_methods_is_refused(data_dir):
+  config = make_config(data_dir)
+  config.primary = (("mbf", ("none", "kdd")),)
+  with pytest.raises(ValueError, match='method in primary "kdd"'):
+    config_lib.parse(config)
 
 
-def test_the_head_names_its_command(path):
-  command = f"python -m kdseg.main --config configs/{path.name} --workdir "
-  # Lines may be continued with a backslash.
-  assert command in " ".join(load(path).__doc__.replace("\\", " ").split())
+def test_a_taught_average_that_nothing_computes_is_refused(data_dir):
+  config = make_config(data_dir, teacher_out_tta="dihedral")
+  with pytest.raises(ValueError, match="precompute_teacher"):
+    config_lib.parse(config)
 
 
-def test_imports_nothing_of_the_package(path):
-  imported = set()
-  for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-    if isinstance(node, ast.Import):
-      imported |= {alias.name for alias in node.names}
-    elif isinstance(node, ast.ImportFrom):
-      imported.add(node.module)
-  assert imported == {"ml_collections"}
+@pytest.mark.parametrize(
+  ("changes", "drawn"),
+  [
+    ({}, False),
+    ({"training": {"epochs": 0.0, "learning_rate": 1.0}}, True),
+    (
+      {
+        "training": {"epochs": 0.0, "learning_rate": 1.0},
+        "checkpoint": "runs/old/teachers/teacher_unet",
+      },
+      False,
+    ),
+  ],
+)
+def test_a_teacher_from_a_file_was_trained_there(changes, drawn, data_dir):
+  teacher = {"teacher_x": {**TEACHER, **changes}}
+  config = make_config(data_dir, teachers=teacher, distil_from=("teacher_x",))
+  assert config_lib.parse(config).teachers["teacher_x"].is_random is drawn
 
 
-def test_every_name_in_it_exists(path, tmp_path):
-  # Stops at the lock, after every name was looked up and before any work.
-  for config in variants(path).values():
-    refusal = pytest.raises(workdir_lib.WorkdirError, match="another process")
-    with workdir_lib.locked(tmp_path), refusal:
-      run.run(config, tmp_path)
-
-
-def test_terms_have_their_published_weights(path):
-  published = {term.name: term.weight for term in terms_lib.TERMS}
-  for variant, config in variants(path).items():
-    if variant == "why":  # There the weight is what is compared.
-      continue
-    for method in config.methods.values():
-      for term, weight in method.get("terms", {}).items():
-        assert weight == published[term]
-
-
-def test_a_variant_that_is_not_there_is_answered_with_those_that_are(path):
-  names = set(variants(path)) - {""}
-  if names:
-    with pytest.raises(ValueError, match='not "serach"') as error:
-      load(path).get_config("serach")
-    assert all(f'"{name}"' in str(error.value) for name in names)
-
-
-def test_can_be_locked_and_written_down(path):
-  config = load(path).get_config().lock()
-  assert '"arms"' in config.to_json_best_effort()
-  with pytest.raises(AttributeError, match=r'Did you mean "training"'):
-    config.trainig = 1
-
-
-def test_nothing_of_it_is_shared_between_calls(path):
-  first, second = load(path).get_config(), load(path).get_config()
-  first.data.size = 1
-  first.methods.none.terms = {"kd": 1.0}
-  assert second.data.size != 1
-  assert "terms" not in second.methods.none
-
-
-def test_has_a_student_that_is_not_taught(path):
-  config = load(path).get_config()
-  methods = {name: method_lib.make_method(dict(options))
-             for name, options in config.methods.items()}  # fmt: skip
-  assert not methods["none"].terms
-  for arm in config.arms.values():
-    assert "none" in arm.methods
-
-
-def test_teacher_and_students_have_the_taps_that_are_compared(path):
-  for variant, config in variants(path).items():
-    wanted = _check_taps(config)
-    assert wanted or variant == "search"
-
-
-def _check_taps(config):
-  size = config.data.size
-  teachers = [
-    networks.make_network(
-      config.teachers[name].network, **dict(config.teachers[name].options)
-    )
-    for name in config.distil_from
+def test_arms_are_planned_seed_by_seed(data_dir):
+  arms = {"enet": {"methods": ("none", "mbf"), "seeds": (1, 0)}}
+  config = config_lib.parse(make_config(data_dir, arms=arms))
+  assert [arm_id.key for arm_id in config.arms] == [
+    "enet-none-seed0",
+    "enet-mbf-seed0",
+    "enet-none-seed1",
+    "enet-mbf-seed1",
   ]
-  wanted = {}
-  if not teachers:
-    return wanted
-  for arm_id in config_lib.list_arms(config):
-    method = method_lib.make_method(dict(config.methods[arm_id.method]))
-    if method.needs_taps:
-      wanted[arm_id.student, arm_id.method] = method
-  teacher = teachers[0] if len(teachers) == 1 else ensemble.Ensemble(teachers)
-  teach = prepare_lib.make_teach(
-    teacher,
-    config_lib.list_taps(wanted.values()),
-    channels=config.teacher_channels,
-  )
-  teacher_out = jax.eval_shape(
-    teach,
-    shapes(teacher, size),
-    jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32),
-  )
-  for (student, _), method in wanted.items():
-    network = networks.make_network(
-      student, **dict(config.students.get(student, {}))
-    )
-    _, (features, _) = arms_lib.make_distiller(
-      network, teacher_out, method, size=size
-    )
-    assert set(features) == (set(method.taps) if method.aligns else set())
-  return wanted
 
 
-def test_batches_split_over_eight_devices(path):
-  config = load(path).get_config()
-  assert config.data.batch_size % 8 == 0
-  assert config.evaluation.batch_size % 8 == 0
+@pytest.mark.parametrize("part", ["data", "evaluation"])
+def test_a_batch_that_the_devices_cannot_share_is_refused(part, data_dir):
+  config = make_config(data_dir)
+  config[part].batch_size = 6
+  with pytest.raises(ValueError, match=rf"{part}\.batch_size is 6.*devices, 4"):
+    config_lib.parse(config)
+
+
+def options(**changes):
+  return {**TEACHER, **changes}
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    (
+      {"arms": {"enet": {"methods": ("mbff",), "seeds": (0,)}}},
+      'unknown method of arms.enet "mbff".*boom, mbf, none',
+    ),
+    ({"methods": {"none": {}, "mbf": {"term": 1}, "boom": {}}}, '"term"'),
+    ({"teachers": {"unet": TEACHER}}, 'call it "teacher_unet"'),
+    ({"distil_from": ("teacher_vit",)}, 'in distil_from "teacher_vit"'),
+    ({"training": {"epoch": 1.0}}, 'did you mean "training.epochs"'),
+    ({"students": {"patch_unet": {"width": 3}}}, "patch_unet.*width"),
+    ({"teachers": {"teacher_unet": options(network="unet")}}, '"unet"'),
+    (
+      {
+        "teachers": {"teacher_unet": options(training={"epochs": 1.0, "lr": 1})}
+      },
+      r'"teachers\.teacher_unet\.training\.lr"',
+    ),
+    ({"augment": {"rotation": 3.0}}, 'did you mean "rotate"'),
+    ({"segmentation": {"bcee": 1.0}}, "bcee"),
+    (
+      {"arms": {"patch_unet": {"methods": ("none",), "seeds": (0, 1, 0)}}},
+      "arms.patch_unet.seeds has 0 twice",
+    ),
+    (
+      {"arms": {"patch_unet": {"methods": ("none", "none"), "seeds": (0,)}}},
+      "arms.patch_unet.methods has 'none' twice",
+    ),
+    (
+      {"arms": {"my-net": {"methods": ("none",), "seeds": (0,)}}},
+      'arms.my-net: the name of a student has no "-"',
+    ),
+    (
+      {"arms": {"teacher_x": {"methods": ("none",), "seeds": (0,)}}},
+      'does not begin with "teacher"',
+    ),
+    *(
+      (
+        {"training": {"epochs": 1.0, "learning_rate": 1e-2, **wrong}},
+        message,
+      )
+      for wrong, message in (
+        ({"optimizer": "adam"}, "optimizer must be one of"),
+        ({"schedule": "cosin"}, "schedule must be one of"),
+        ({"on_non_finite": "ignore"}, "'ignore'"),
+        ({"warmup": 1.0}, "warmup is the share"),
+        ({"epochs": 0.0}, "training.epochs is 0.0"),
+      )
+    ),
+  ],
+)
+def test_a_name_that_does_not_exist_is_refused(tmp_path, changes, message):
+  config = make_config(tmp_path, **changes)
+  with pytest.raises(ValueError, match=message):
+    config_lib.parse(config)
+
+
+def test_a_config_that_is_refused_leaves_no_workdir(data_dir, tmp_path):
+  config = make_config(data_dir, distil_from=())
+  with pytest.raises(config_lib.ConfigError, match="set distil_from"):
+    run.run(config, tmp_path / "new")
+  assert not (tmp_path / "new").exists()
+
+
+def test_a_config_of_another_version_is_refused_by_its_key(data_dir):
+  for key in ("teacher_out_tta", "evaluation.teacher_tta"):
+    config = make_config(data_dir)
+    outer, _, inner = key.rpartition(".")
+    del (config[outer] if outer else config)[inner]
+    with pytest.raises(config_lib.ConfigError) as error:
+      config_lib.parse(config)
+    assert str(error.value) == (
+      f"the config has no {key}: it may be for another version; compare it "
+      "with those in configs/"
+    )
+  config = make_config(data_dir, distill_from=())
+  with pytest.raises(
+    ValueError, match='key of a config "distill_from"; did you mean "dis'
+  ):
+    config_lib.parse(config)
+  config = make_config(data_dir, training={"epochs": 1.0})
+  with pytest.raises(ValueError, match=r"no training\.learning_rate"):
+    config_lib.parse(config)
+
+
+@pytest.mark.parametrize(
+  ("key", "value", "message"),
+  [
+    ("size", 40, "divisible by 32, not 40"),
+    ("name", "isic", 'data set "isic".*isic2016'),
+    ("tests", ("synthetic", "ph"), 'data set "ph"'),
+    ("tests", (), "data.tests names nothing"),
+  ],
+)
+def test_data_that_do_not_exist_are_refused(tmp_path, key, value, message):
+  config = make_config(tmp_path)
+  config.data[key] = value
+  with pytest.raises(ValueError, match=message):
+    config_lib.parse(config)
+
+
+def test_a_tap_that_a_network_lacks_is_named_before_anything_is_trained(
+  data_dir,
+):
+  config = make_config(data_dir)
+  config.methods.mbf.taps = ("lwo",)
+  with pytest.raises(
+    config_lib.ConfigError,
+    match=r"method \"mbf\" of arms\.patch_unet: the student has no tap 'lwo'",
+  ):
+    config_lib.check_taps(config_lib.parse(config))

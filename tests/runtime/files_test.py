@@ -101,7 +101,7 @@ def write_scores(folder, seed):
 
 def write_prediction(folder, seed):
   mask = np.random.default_rng(seed).random((40, 40)) > 0.5
-  scoring._save_prediction(folder, "x", seed, "d", "image", mask)
+  scoring._save_prediction(folder, ("x", seed, "d"), "image", mask)
   return folder / "predictions" / f"x-seed{seed}" / "d" / "image.png"
 
 
