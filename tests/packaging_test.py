@@ -29,15 +29,6 @@ LINES_OF_A_FUNCTION = 60
 PARAMETERS = 8
 # What is larger, and why.
 LARGER = {
-  "experiment.config._check_names: lines": "",
-  "experiment.estimate.estimate: lines": "",
-  "experiment.reporting._describe_protocol: lines": "",
-  "experiment.run.run: lines": "",
-  "experiment.scoring._score_group: parameters": "",
-  "experiment.scoring.score: lines": "",
-  "experiment.students._make_teaching: lines": "",
-  "experiment.students.train_students: parameters": "",
-  "experiment.teachers.make_teacher: lines": "",
   "training.arms.make_arms: lines": "",
   "training.batches.make_batches: lines": "",
   "training.cached_outputs.compute: lines": "",
