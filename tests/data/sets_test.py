@@ -5,6 +5,7 @@ import importlib.util
 import numpy as np
 import pytest
 import tiny_archives as tiny
+import tiny_run
 
 from kdseg.data import __main__ as command
 from kdseg.data import loading
@@ -12,6 +13,9 @@ from kdseg.data import prepare
 from kdseg.data import sets
 from kdseg.data import verify
 from kdseg.data.archives import DataError
+from kdseg.distill import extensions
+from kdseg.experiment import config as config_lib
+from kdseg.experiment import splits
 
 # All that a data set needs; what else there is, has defaults.
 SOURCE = """
@@ -117,3 +121,17 @@ def test_only_official_sets_are_found_in_a_folder(tmp_path, isic, ph2_files):
   assert len(found["isic2016"]) == 4
   assert found["synthetic"] == found["folder"] == ()
   assert prepare.make_builder("ph2", data_dir=tmp_path).official
+
+
+def test_an_experiment_reads_a_users_builder_from_its_extensions(
+  tmp_path, builders
+):
+  config = tiny_run.make_config(tmp_path / "data")
+  config.data.name, config.data.tests = "clinic", ("clinic",)
+  config.data.manual_dir = str(_write(tmp_path / "own", "abcd"))
+  own = extensions.Extensions(data_sets={"clinic": builders["clinic"]})
+  read = splits.load(config_lib.parse(config, own).data)
+  assert read.train.ids == ("C", "D")
+  assert [*read.tests] == ["clinic"]
+  with pytest.raises(ValueError, match='unknown data set "clinic"'):
+    config_lib.parse(config, extensions.Extensions())
