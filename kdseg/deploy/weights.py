@@ -2,6 +2,10 @@
 
   kdseg weights WORKDIR --arm NAME --out FILE [--seed 0]
 
+for example
+
+  kdseg weights runs/isic2016 --arm patch_unet_50k-mbf --out student.safetensors
+
 writes a finished arm (or teacher) of a workdir. The file does not contain the
 align and generator layers, which only distillation needs.
 """

@@ -259,7 +259,7 @@ def test_an_export_that_is_not_whole_is_named(exported, tmp_path, name, said):
 
 def test_an_export_of_another_version_is_named(exported, tmp_path):
   (exported / "preprocess.json").write_text('{"size": 32}')
-  with pytest.raises(runtime.PageError, match="'input' is missing"):
+  with pytest.raises(runtime.PageError, match=r"'input'.*export again"):
     site.build(tmp_path / "page", exported, runtime=RUNTIME)
 
 

@@ -35,6 +35,10 @@ _ELEMENTWISE = frozenset(
 )  # fmt: skip
 TO_NCHW = (0, 3, 1, 2)
 
+Shape = tuple[int, ...]
+# Cells before and after, by axis.
+Sides = Sequence[tuple[int, int]]
+
 
 class Narrow(np.ndarray):
   """A constant whose first side is 1 where the program has the batch."""
@@ -55,12 +59,13 @@ class Value:
     narrow: the value that this one repeats along its sides of 1.
   """
 
-  shape: tuple[int, ...]
+  shape: Shape
   convolution: int | None = dataclasses.field(default=None, kw_only=True)
   narrow: Any = dataclasses.field(default=None, kw_only=True)
 
 
 V = TypeVar("V", bound=Value)
+Operands = Sequence[V | np.ndarray]
 
 
 class Window(NamedTuple):
@@ -232,9 +237,7 @@ class Walker(Generic[V]):
 
   # ------------------------------------------------------------ elementwise
 
-  def _elementwise(
-    self, name: str, operands: Sequence[V | np.ndarray], out: Any
-  ) -> V:
+  def _elementwise(self, name: str, operands: Operands[V], out: Any) -> V:
     if name == "select_n":
       which, no, yes = operands
       operands = [which, yes, no]
@@ -327,7 +330,7 @@ class Walker(Generic[V]):
       return x
     return self._permuted(x, axes)
 
-  def _pad(self, operands: list[V | np.ndarray], params: Any, out: Any) -> V:
+  def _pad(self, operands: Operands[V], params: Any, out: Any) -> V:
     x, value = operands
     config = params["padding_config"]
     plain = all(low >= 0 and high >= 0 and not gap for low, high, gap in config)
@@ -402,37 +405,31 @@ class Walker(Generic[V]):
 
   # ------------------------------------------------- hooks, one set a format
 
-  def _operate(
-    self, kind: str, operands: Sequence[V | np.ndarray], out: Any
-  ) -> V:
+  def _operate(self, kind: str, operands: Operands[V], out: Any) -> V:
     """Writes the elementwise operator `kind`."""
     raise NotImplementedError
 
   def _relu(self, x: V, out: Any) -> V:
     raise NotImplementedError
 
-  def _reduce(
-    self, name: str, x: V, axes: tuple[int, ...], shape: tuple[int, ...]
-  ) -> V:
+  def _reduce(self, name: str, x: V, axes: Shape, shape: Shape) -> V:
     """Writes the operator of `reductions[name]`, which drops the axes."""
     raise NotImplementedError
 
-  def _reshaped(self, x: V, shape: tuple[int, ...]) -> V:
+  def _reshaped(self, x: V, shape: Shape) -> V:
     raise NotImplementedError
 
-  def _repeated(self, x: V, shape: tuple[int, ...]) -> V:
+  def _repeated(self, x: V, shape: Shape) -> V:
     raise NotImplementedError
 
-  def _permuted(self, x: V, axes: tuple[int, ...]) -> V:
+  def _permuted(self, x: V, axes: Shape) -> V:
     raise NotImplementedError
 
-  def _padded(
-    self, x: V, sides: Sequence[tuple[int, int]], value: np.ndarray
-  ) -> V:
+  def _padded(self, x: V, sides: Sides, value: np.ndarray) -> V:
     """Pads each axis by (before, after) cells of one value."""
     raise NotImplementedError
 
-  def _pool(self, kind: str, x: V, window: Window, shape: tuple[int, ...]) -> V:
+  def _pool(self, kind: str, x: V, window: Window, shape: Shape) -> V:
     """Writes a pooling of kind "max" or "mean" (cells outside count as 0)."""
     raise NotImplementedError
 

@@ -24,13 +24,16 @@ from kdseg.deploy.formats import litert_graph
 from kdseg.deploy.formats import record
 
 BATCH = jaxpr_lib.BATCH
+Shape = jaxpr_lib.Shape
+Sides = jaxpr_lib.Sides
+Window = jaxpr_lib.Window
 UnsupportedError = jaxpr_lib.UnsupportedError
 # The transposition in a fold of pixels into channels, and back.
 _FOLD = (0, 1, 3, 2, 4, 5)
 
 
 _Value = litert_graph.Value
-_Operand = _Value | np.ndarray
+_Operands = Sequence[_Value | np.ndarray]
 
 
 def write(
@@ -133,9 +136,7 @@ class _Writer(jaxpr_lib.Walker[_Value]):
 
   # ------------------------------------------------------------ elementwise
 
-  def _elementwise(
-    self, name: str, operands: Sequence[_Operand], out: Any
-  ) -> _Value:
+  def _elementwise(self, name: str, operands: _Operands, out: Any) -> _Value:
     if name == "div" and isinstance(operands[0], _Value):
       x, by = operands[0].summed, operands[1]
       if x and isinstance(by, np.ndarray) and by.size == 1 and by == x[1]:
@@ -147,9 +148,7 @@ class _Writer(jaxpr_lib.Walker[_Value]):
         )
     return super()._elementwise(name, operands, out)
 
-  def _operate(
-    self, kind: str, operands: Sequence[_Operand], out: Any
-  ) -> _Value:
+  def _operate(self, kind: str, operands: _Operands, out: Any) -> _Value:
     return self.graph.operator(kind, operands, out.shape, out.dtype)
 
   def _relu(self, x: _Value, out: Any) -> _Value:
@@ -190,7 +189,7 @@ class _Writer(jaxpr_lib.Walker[_Value]):
 
   # ------------------------------------------------------------------ shapes
 
-  def _reshaped(self, x: _Value, shape: tuple[int, ...]) -> _Value:
+  def _reshaped(self, x: _Value, shape: Shape) -> _Value:
     if x.folded is not None and shape[1:] == x.folded[1]:
       return self._refolded(x.folded[0], shape)
     sides = [-1, *shape[1:]]
@@ -204,7 +203,7 @@ class _Writer(jaxpr_lib.Walker[_Value]):
     made.reshaped, made.summed = x, x.summed
     return made
 
-  def _refolded(self, x: _Value, shape: tuple[int, ...]) -> _Value:
+  def _refolded(self, x: _Value, shape: Shape) -> _Value:
     """Writes a whole fold of pixels into channels, or back, as one operator."""
     if shape[1] < x.shape[1]:
       kind = "SPACE_TO_DEPTH SpaceToDepthOptions"
@@ -214,12 +213,12 @@ class _Writer(jaxpr_lib.Walker[_Value]):
       block = shape[1] // x.shape[1]
     return self.graph.operator(kind, [x], shape, x.dtype, blockSize=block)
 
-  def _repeated(self, x: _Value, shape: tuple[int, ...]) -> _Value:
+  def _repeated(self, x: _Value, shape: Shape) -> _Value:
     # BroadcastTo would have to know the batch.
     zeros = np.zeros((1, *shape[1:]), np.float32)
     return self.graph.operator("ADD AddOptions", [x, zeros], shape)
 
-  def _permuted(self, x: _Value, axes: tuple[int, ...]) -> _Value:
+  def _permuted(self, x: _Value, axes: Shape) -> _Value:
     made = self.graph.operator(
       "TRANSPOSE TransposeOptions",
       [x, axes],
@@ -245,15 +244,11 @@ class _Writer(jaxpr_lib.Walker[_Value]):
     kind = "SLICE SliceOptions"
     return self.graph.operator(kind, operands, out.shape, x.dtype)
 
-  def _concatenate(
-    self, operands: list[_Operand], params: Any, out: Any
-  ) -> _Value:
+  def _concatenate(self, operands: _Operands, params: Any, out: Any) -> _Value:
     kind, axis = "CONCATENATION ConcatenationOptions", params["dimension"]
     return self.graph.operator(kind, operands, out.shape, out.dtype, axis=axis)
 
-  def _padded(
-    self, x: _Value, sides: Sequence[tuple[int, int]], value: np.ndarray
-  ) -> _Value:
+  def _padded(self, x: _Value, sides: Sides, value: np.ndarray) -> _Value:
     shape = [side + sum(pad) for side, pad in zip(x.shape, sides)]
     kind = "PAD PadOptions"
     operands: list[Any] = [x, sides]
@@ -263,16 +258,14 @@ class _Writer(jaxpr_lib.Walker[_Value]):
 
   # --------------------------------------------------------------- over maps
 
-  def _reduce(
-    self, name: str, x: _Value, axes: tuple[int, ...], shape: tuple[int, ...]
-  ) -> _Value:
+  def _reduce(self, name: str, x: _Value, axes: Shape, shape: Shape) -> _Value:
     kind = self.reductions[name]
     made = self.graph.operator(kind, [x, axes], shape, keepDims=False)
     if name == "reduce_sum" and axes == (1, 2) and len(x.shape) == 4:
       made.summed = (x, x.shape[1] * x.shape[2])
     return made
 
-  def _matmul(self, x: _Value, y: _Operand) -> _Value:
+  def _matmul(self, x: _Value, y: _Value | np.ndarray) -> _Value:
     shape = (*x.shape[:-1], y.shape[-1])
     if not isinstance(y, np.ndarray):
       kind = "BATCH_MATMUL BatchMatMulOptions"
@@ -284,7 +277,7 @@ class _Writer(jaxpr_lib.Walker[_Value]):
   def _pad_windows(
     self,
     x: _Value,
-    window: jaxpr_lib.Window,
+    window: Window,
     reach: Sequence[int],
     outside: float = 0.0,
   ) -> tuple[_Value, int]:
@@ -309,9 +302,7 @@ class _Writer(jaxpr_lib.Walker[_Value]):
     height, width, depth, features = kernel.shape
     rows, columns = map(int, params["rhs_dilation"])
     top, left = [(int(low), int(high)) for low, high in params["padding"]]
-    window = jaxpr_lib.Window(
-      (height, width), params["window_strides"], (top, left)
-    )
+    window = Window((height, width), params["window_strides"], (top, left))
     reach = ((height - 1) * rows + 1, (width - 1) * columns + 1)
     source, padding = self._pad_windows(x, window, reach)
     fields = {
@@ -336,13 +327,7 @@ class _Writer(jaxpr_lib.Walker[_Value]):
     made.convolution = len(self.graph.operators) - 1
     return made
 
-  def _pool(
-    self,
-    kind: str,
-    x: _Value,
-    window: jaxpr_lib.Window,
-    shape: tuple[int, ...],
-  ) -> _Value:
+  def _pool(self, kind: str, x: _Value, window: Window, shape: Shape) -> _Value:
     if kind == "mean" and any(map(any, window.padding)):
       # The operator's own padding would not count the cells outside.
       raise UnsupportedError("a padded sum over windows")

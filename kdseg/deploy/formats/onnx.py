@@ -20,6 +20,9 @@ from kdseg.deploy.formats import record
 
 OPSET = 18
 BATCH = jaxpr_lib.BATCH
+Shape = jaxpr_lib.Shape
+Sides = jaxpr_lib.Sides
+Window = jaxpr_lib.Window
 UnsupportedError = jaxpr_lib.UnsupportedError
 _TO_NCHW = jaxpr_lib.TO_NCHW
 _TO_NHWC = (0, 2, 3, 1)
@@ -38,7 +41,7 @@ class _Value(jaxpr_lib.Value):
   channels_first: bool = False
 
 
-_Operand = _Value | np.ndarray
+_Operands = Sequence[_Value | np.ndarray]
 
 
 def write(
@@ -140,7 +143,7 @@ def make_model(
   return model
 
 
-def _info(onnx: Any, name: str, shape: tuple[int, ...], dtype: Any) -> Any:
+def _info(onnx: Any, name: str, shape: Shape, dtype: Any) -> Any:
   return onnx.helper.make_tensor_value_info(
     name,
     onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype)),
@@ -153,22 +156,13 @@ class _Writer(jaxpr_lib.Walker[_Value]):
 
   format = "ONNX"
   elementwise: Mapping[str, str] = {
-    "add": "Add",
-    "div": "Div",
-    "exp": "Exp",
-    "ge": "GreaterOrEqual",
-    "logistic": "Sigmoid",
-    "max": "Max",
-    "min": "Min",
-    "mul": "Mul",
-    "neg": "Neg",
-    "select_n": "Where",
-    "sub": "Sub",
-  }
+    "add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div", "max": "Max",
+    "min": "Min", "ge": "GreaterOrEqual", "select_n": "Where", "exp": "Exp",
+    "neg": "Neg", "logistic": "Sigmoid",
+  }  # fmt: skip
   reductions: Mapping[str, str] = {
-    "reduce_max": "ReduceMax",
-    "reduce_sum": "ReduceSum",
-  }
+    "reduce_max": "ReduceMax", "reduce_sum": "ReduceSum",
+  }  # fmt: skip
 
   def __init__(self, onnx: Any) -> None:
     self.onnx = onnx
@@ -214,7 +208,7 @@ class _Writer(jaxpr_lib.Walker[_Value]):
       if name in read
     ]
 
-  def _plain(self, value: _Operand) -> str:
+  def _plain(self, value: _Value | np.ndarray) -> str:
     """Returns the name of a value as [B, H, W, C]."""
     if isinstance(value, np.ndarray):
       return self._weight(value)
@@ -223,7 +217,7 @@ class _Writer(jaxpr_lib.Walker[_Value]):
       return value.name
     return self._node("Transpose", [value.name], perm=_TO_NHWC)
 
-  def _first(self, value: _Operand) -> str:
+  def _first(self, value: _Value | np.ndarray) -> str:
     """Returns the name of a value as [B, C, H, W]."""
     if isinstance(value, np.ndarray):
       if value.ndim == 4:
@@ -236,9 +230,7 @@ class _Writer(jaxpr_lib.Walker[_Value]):
 
   # ------------------------------------------------------------ elementwise
 
-  def _operate(
-    self, kind: str, operands: Sequence[_Operand], out: Any
-  ) -> _Value:
+  def _operate(self, kind: str, operands: _Operands, out: Any) -> _Value:
     first = any(isinstance(x, _Value) and x.channels_first for x in operands)
     names = [self._first(x) if first else self._plain(x) for x in operands]
     return _Value(out.shape, self._node(kind, names), first)
@@ -246,11 +238,11 @@ class _Writer(jaxpr_lib.Walker[_Value]):
   def _relu(self, x: _Value, out: Any) -> _Value:
     return self._operate("Relu", [x], out)
 
-  def _rsqrt(self, operands: list[_Operand], params: Any, out: Any) -> _Value:
+  def _rsqrt(self, operands: _Operands, params: Any, out: Any) -> _Value:
     root = self._operate("Sqrt", operands, out)
     return self._operate("Reciprocal", [root], out)
 
-  def _erfc(self, operands: list[_Operand], params: Any, out: Any) -> _Value:
+  def _erfc(self, operands: _Operands, params: Any, out: Any) -> _Value:
     erf = self._operate("Erf", operands, out)
     return self._operate("Sub", [np.ones((), np.float32), erf], out)
 
@@ -275,17 +267,17 @@ class _Writer(jaxpr_lib.Walker[_Value]):
 
   # ------------------------------------------------------------------ shapes
 
-  def _reshaped(self, x: _Value, shape: tuple[int, ...]) -> _Value:
+  def _reshaped(self, x: _Value, shape: Shape) -> _Value:
     sides = np.array([0, *shape[1:]], np.int64)  # 0 keeps the batch.
     names = [self._plain(x), self._weight(sides, "shape")]
     return _Value(shape, self._node("Reshape", names))
 
-  def _repeated(self, x: _Value, shape: tuple[int, ...]) -> _Value:
+  def _repeated(self, x: _Value, shape: Shape) -> _Value:
     sides = np.array([1, *shape[1:]], np.int64)  # 1 keeps the batch.
     names = [self._plain(x), self._weight(sides, "shape")]
     return _Value(shape, self._node("Expand", names))
 
-  def _permuted(self, x: _Value, axes: tuple[int, ...]) -> _Value:
+  def _permuted(self, x: _Value, axes: Shape) -> _Value:
     name = self._node("Transpose", [self._plain(x)], perm=axes)
     return _Value(tuple(x.shape[axis] for axis in axes), name)
 
@@ -305,9 +297,7 @@ class _Writer(jaxpr_lib.Walker[_Value]):
     ]
     return _Value(out.shape, self._node("Slice", [self._plain(x), *names]))
 
-  def _concatenate(
-    self, operands: list[_Operand], params: Any, out: Any
-  ) -> _Value:
+  def _concatenate(self, operands: _Operands, params: Any, out: Any) -> _Value:
     axis = params["dimension"]
     first = len(out.shape) == 4 and any(
       isinstance(x, _Value) and x.channels_first for x in operands
@@ -317,9 +307,7 @@ class _Writer(jaxpr_lib.Walker[_Value]):
     names = [self._first(x) if first else self._plain(x) for x in operands]
     return _Value(out.shape, self._node("Concat", names, axis=axis), first)
 
-  def _padded(
-    self, x: _Value, sides: Sequence[tuple[int, int]], value: np.ndarray
-  ) -> _Value:
+  def _padded(self, x: _Value, sides: Sides, value: np.ndarray) -> _Value:
     first = len(x.shape) == 4
     order = _TO_NCHW if first else range(len(x.shape))
     ends = [sides[axis][end] for end in (0, 1) for axis in order]
@@ -333,13 +321,11 @@ class _Writer(jaxpr_lib.Walker[_Value]):
 
   # --------------------------------------------------------------- over maps
 
-  def _reduce(
-    self, name: str, x: _Value, axes: tuple[int, ...], shape: tuple[int, ...]
-  ) -> _Value:
+  def _reduce(self, name: str, x: _Value, axes: Shape, shape: Shape) -> _Value:
     names = [self._plain(x), self._weight(np.array(axes, np.int64), "axes")]
     return _Value(shape, self._node(self.reductions[name], names, keepdims=0))
 
-  def _matmul(self, x: _Value, y: _Operand) -> _Value:
+  def _matmul(self, x: _Value, y: _Value | np.ndarray) -> _Value:
     name = self._node("MatMul", [self._plain(x), self._plain(y)])
     return _Value((*x.shape[:-1], y.shape[-1]), name)
 
@@ -365,13 +351,7 @@ class _Writer(jaxpr_lib.Walker[_Value]):
     )
     return _Value(out.shape, name, True, convolution=len(self.nodes) - 1)
 
-  def _pool(
-    self,
-    kind: str,
-    x: _Value,
-    window: jaxpr_lib.Window,
-    shape: tuple[int, ...],
-  ) -> _Value:
+  def _pool(self, kind: str, x: _Value, window: Window, shape: Shape) -> _Value:
     operator = {"max": "MaxPool", "mean": "AveragePool"}[kind]
     attributes = {"count_include_pad": 1} if kind == "mean" else {}
     name = self._node(
@@ -396,9 +376,7 @@ class _Writer(jaxpr_lib.Walker[_Value]):
     sizes = self._node("Concat", [shape, sizes], axis=0)
     return self._resize(x, out.shape, ["", "", sizes])
 
-  def _resize(
-    self, x: _Value, shape: tuple[int, ...], inputs: list[str]
-  ) -> _Value:
+  def _resize(self, x: _Value, shape: Shape, inputs: list[str]) -> _Value:
     name = self._node(
       "Resize",
       [self._first(x), *inputs],

@@ -1,12 +1,16 @@
 """Writes a page that outlines lesions in the browser, as a static folder.
 
-  kdseg page DIR --model isic2016-student
+  kdseg page DIR [--model MODEL]
 
-MODEL is a folder that `kdseg.deploy.export` wrote, or whatever it takes (then
-it runs first). A `model.int8.onnx` in that folder, or --int8 FILE, gives the
-page a choice of weights. The folder can be served as it is, by any web server
-and without special headers; to try it: python -m http.server -d DIR. Images
-never leave the browser, and after the first visit the page works offline.
+for example
+
+  kdseg page site --model isic2016-student
+
+MODEL is a folder that `kdseg export` wrote, or a model that is exported first.
+A `model.int8.onnx` in that folder, or --int8 FILE, lets visitors choose between
+32-bit and 8-bit weights. Any web server can serve DIR as it is, without special
+headers; to try it: python -m http.server -d DIR. Images never leave the
+browser, and after the first visit the page works offline.
 
 Its runtime, ONNX Runtime Web, is fetched once through npm, checked against its
 hash, and kept in the user's cache (XDG_CACHE_HOME, or ~/.cache); --runtime

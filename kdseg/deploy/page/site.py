@@ -43,8 +43,8 @@ def draw_examples() -> dict[str, bytes]:
 
 @functools.cache
 def _draw(seed: int) -> bytes:
-  # Large, then halved: the drawing's grain is of a pixel's size, whatever that
-  # is. 4 : 3, as most dermoscopic images are.
+  # Drawn large, then halved, as the drawing's grain is always one pixel wide.
+  # 4 : 3, as most dermoscopic images are.
   picture, _ = synthetic.draw(np.random.default_rng(seed), 1280)
   small = Image.fromarray(picture[160:1120]).resize(
     (640, 480), Image.Resampling.LANCZOS
@@ -77,7 +77,7 @@ def build(
 
   Raises:
     PageError: if the export is not whole, or `out` holds something else.
-    WeightsError: if `int8` is no network of an export.
+    WeightsError: if `int8` or the export's weights cannot be read.
     WriteError: if the disk is full or may not be written to; an earlier page
       stays as it is.
   """
@@ -176,23 +176,18 @@ def _read_preprocess(exported: pathlib.Path) -> dict[str, Any]:
   try:
     said = json.loads(path.read_text(encoding="utf-8"))
     return {key: said[key] for key in ("input", "output", "size", "threshold")}
-  except (OSError, ValueError) as error:
-    raise runtime_lib.PageError(f"{path} cannot be read: {error}") from error
-  except (KeyError, TypeError) as error:
+  except (OSError, ValueError, KeyError, TypeError) as error:
     raise runtime_lib.PageError(
-      f"{path} is of another version ({error} is missing); export again"
+      f"{path} cannot be read ({error!r}); export again"
     ) from error
 
 
 def _read_about(exported: pathlib.Path) -> dict[str, Any]:
-  """Returns what the page says of the network, for people."""
+  """Returns what the page says of the network."""
   path = exported / "weights.safetensors"
   if not path.exists():
     return {"name": exported.name, "about": []}
-  try:
-    arrays, about = weights.load(path)
-  except weights.WeightsError as error:
-    raise runtime_lib.PageError(str(error)) from error
+  arrays, about = weights.load(path)
   # As `networks.count_parameters`: running statistics are not among them.
   count = sum(
     array.size
