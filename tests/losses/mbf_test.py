@@ -104,21 +104,6 @@ class MbfTest(chex.TestCase):
     loss = mbf(STUDENT, TEACHER, empty, KEY, generate=identity)
     np.testing.assert_allclose(loss, mean_squares(STUDENT, TEACHER), rtol=1e-6)
 
-  def test_gradient_is_the_one_of_finite_differences(self):
-    def smooth(x):
-      return jnp.tanh(x) + 0.5 * jnp.roll(x, 1, 1)
-
-    comparison = Comparison("band_weighted", normalise="l2")
-    chex.assert_numerical_grads(
-      lambda s: jnp.sum(
-        mbf(s, TEACHER, REGION, KEY, generate=smooth, comparison=comparison)
-      ),
-      (STUDENT,),
-      order=1,
-      atol=5e-3,
-      rtol=5e-3,
-    )
-
   def test_the_generator_computes_in_the_type_of_the_student(self):
     spy = Spy()
     student = STUDENT.astype(jnp.bfloat16)
