@@ -74,8 +74,9 @@ def compare(
     ),
     assd=float(np.average(np.sqrt(squared), weights=length)),
     nsd=float(np.average(squared <= tolerance**2, weights=length)),
-    boundary_iou=np.count_nonzero(inner & other)
-    / np.count_nonzero(inner | other),
+    boundary_iou=float(
+      np.count_nonzero(inner & other) / np.count_nonzero(inner | other)
+    ),
   )
 
 

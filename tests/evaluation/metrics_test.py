@@ -143,6 +143,7 @@ class TestOverlap:
   def test_keys_come_in_the_order_of_the_file(self):
     got = metrics.score(square(8, 2, 3, 4), square(8, 2, 2, 4))
     assert tuple(got) == metrics.COLUMNS
+    assert {type(value) for value in got.values()} == {int, float}
 
   def test_height_and_width_are_not_swapped(self):
     got = metrics.score(np.ones((3, 5), bool), np.ones((3, 5), bool))
