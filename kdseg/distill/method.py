@@ -1,6 +1,5 @@
 """How a student is taught: which terms, and every switch that has a name."""
 
-from collections.abc import Iterable
 from collections.abc import Mapping
 import dataclasses
 from typing import Any
@@ -251,25 +250,18 @@ def make_method(
   return Method(**values, extensions=extensions or extensions_lib.Extensions())
 
 
-def with_shipped(
-  defined: Mapping[str, Mapping[str, Any]], wanted: Iterable[str]
-) -> dict[str, Mapping[str, Any]]:
-  """Adds methods that a config names without defining them.
+def shipped_methods() -> dict[str, dict[str, Any]]:
+  """Returns the methods that a config may name without defining them.
 
-  Args:
-    defined: switches by method, of the config.
-    wanted: names of methods. One that is not defined but bears the name of a
-      term of the package is that term at its published weight, on the taps
-      that its source compares; "none" is no distillation.
-
-  Returns:
-    The switches of `defined`, and of the wanted methods that were found.
+  "none" is no distillation. The name of a term of the package is that term at
+  its published weight, on the taps that its source compares.
   """
-  shipped: dict[str, Mapping[str, Any]] = {"none": {}}
+  methods: dict[str, dict[str, Any]] = {"none": {}}
   for term in terms_lib.TERMS:
-    taps = {"taps": term.taps} if term.taps else {}
-    shipped[term.name] = {"terms": {term.name: term.weight}, **taps}
-  return {n: shipped[n] for n in wanted if n in shipped} | dict(defined)
+    methods[term.name] = {"terms": {term.name: term.weight}}
+    if term.taps:
+      methods[term.name]["taps"] = term.taps
+  return methods
 
 
 def check_segmentation(weights: Mapping[str, float]) -> None:

@@ -91,7 +91,10 @@ def _parse(
     )
     for name, teacher in values["teachers"].items()
   }
-  arms = _list_arms(values["arms"], values["methods"])
+  known = {**method_lib.shipped_methods(), **values["methods"]}
+  arms = _list_arms(values["arms"], known)
+  named = (*values["methods"], *(arm_id.method for arm_id in arms))
+  methods = {name: known[name] for name in named}
   parts = {
     "data": dataclasses.replace(
       _read(DataConfig, values["data"], "data."),
@@ -100,7 +103,7 @@ def _parse(
     "teachers": teachers,
     "methods": {
       name: method_lib.make_method(options, extensions)
-      for name, options in values["methods"].items()
+      for name, options in methods.items()
     },
     "students": {
       name: _make_student(name, values["students"].get(name, {}), extensions)
@@ -109,7 +112,10 @@ def _parse(
     "arms": arms,
     "training": _read_training(values, ""),
     "evaluation": _read(EvaluationConfig, values["evaluation"], "evaluation."),
-    "tree": json.loads(config.to_json_best_effort()),
+    "tree": {
+      **json.loads(config.to_json_best_effort()),
+      "methods": json.loads(json.dumps(methods)),
+    },
   }
   return ExperimentConfig(**{**values, **parts})
 

@@ -152,24 +152,17 @@ def test_the_scales_of_a_multiscale_cascade_are_one_term():
   assert method.term_names == {"m2bf": ("m2bf",)}
 
 
-def test_a_method_by_the_name_of_a_term_needs_no_definition():
-  defined = {"kd": {"terms": {"kd": 0.1}}, "mine": {}}
-  methods = method_lib.with_shipped(
-    defined, ("none", "kd", "cwd", "fgd", "mine", "other")
-  )
-  assert methods == {
-    "none": {},
-    "kd": {"terms": {"kd": 0.1}},
-    "cwd": {"terms": {"cwd": 3.0}},
-    "fgd": {"terms": {"fgd": 1.0}, "taps": ("high",)},
-    "mine": {},
-  }
-
-
-def test_every_shipped_term_is_a_method():
-  for name, switches in method_lib.with_shipped({}, NAMES).items():
+def test_every_term_is_a_method_by_its_name_at_its_published_weight():
+  methods = method_lib.shipped_methods()
+  assert list(methods) == ["none", *NAMES]
+  assert methods["none"] == {}
+  assert methods["cwd"] == {"terms": {"cwd": 3.0}}
+  assert methods["fgd"] == {"terms": {"fgd": 1.0}, "taps": ("high",)}
+  for name, switches in methods.items():
     method = method_lib.make_method(switches)
-    assert [term.name for term in method.records] == [name]
+    assert [term.name for term in method.records] == (
+      [] if name == "none" else [name]
+    )
 
 
 def test_the_shipped_comparison_covers_every_rival():

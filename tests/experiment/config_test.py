@@ -110,7 +110,7 @@ def options(**changes):
   [
     (
       {"arms": {"enet": {"methods": ("mbff",), "seeds": (0,)}}},
-      'unknown method of arms.enet "mbff".*boom, mbf, none',
+      'unknown method of arms.enet "mbff"; did you mean "mbf".*boom',
     ),
     ({"methods": {"none": {}, "mbf": {"term": 1}, "boom": {}}}, '"term"'),
     ({"teachers": {"unet": TEACHER}}, 'call it "teacher_unet"'),
@@ -217,3 +217,26 @@ def test_a_tap_that_a_network_lacks_is_named_before_anything_is_trained(
     match=r"method \"mbf\" of arms\.patch_unet: the student has no tap 'lwo'",
   ):
     config_lib.check_taps(config_lib.parse(config))
+
+
+def test_a_method_by_the_name_of_a_term_needs_no_definition(data_dir):
+  config = make_config(data_dir)
+  config.methods = {"cwd": {"terms": {"cwd": 0.5}}}
+  config.arms = {
+    "patch_unet": {"methods": ("none", "kd", "cwd"), "seeds": (0,)}
+  }
+  parsed = config_lib.parse(config)
+  assert {name: dict(m.terms) for name, m in parsed.methods.items()} == {
+    "cwd": {"cwd": 0.5},
+    "none": {},
+    "kd": {"kd": 1.0},
+  }
+  kd = next(arm_id for arm_id in parsed.arms if arm_id.method == "kd")
+  assert parsed.switches(kd) == {"terms": {"kd": 1.0}}
+
+
+def test_a_misspelt_term_is_answered_with_the_nearest(data_dir):
+  config = make_config(data_dir)
+  config.arms = {"patch_unet": {"methods": ("ultralbn",), "seeds": (0,)}}
+  with pytest.raises(ValueError, match='did you mean "ultralbm"'):
+    config_lib.parse(config)
