@@ -561,3 +561,21 @@ def test_an_arm_without_weights_leaves_a_reason_in_their_place(tmp_path):
   about = json.loads((tmp_path / "x" / "failed.json").read_text())
   assert about["diverged"] == "loss not finite at step 1"
   assert about["arm"] == "plain"
+
+
+@pytest.mark.parametrize("own", [{}, {"smoothed_bce": 1.0, "dice": 0.5}])
+def test_a_task_loss_of_its_own_takes_the_place_of_that_of_the_run(
+  own, monkeypatch, tmp_path
+):
+  asked = []
+
+  def remember(*arguments, segmentation, **options):
+    asked.append(segmentation)
+    return lambda state, batch: (state, {})
+
+  monkeypatch.setattr(arms_lib.step_lib, "make_train_step", remember)
+  arm = dataclasses.replace(
+    spec(tmp_path), method=method_lib.Method(segmentation=own)
+  )
+  arms_lib.make_arms({"plain": arm}, SETTING, TRAINING, steps=1)
+  assert asked == [own or SETTING.segmentation]
