@@ -7,7 +7,7 @@
       [--peers u2netp lraspp resnet34_unet] [--threads 1 2] [--turns 5]
 
 MODEL is a shipped model, a file of weights or the folder of an arm; --networks
-are measured with drawn weights, as the weights do not change the time. Each
+are measured with random weights, as the weights do not change the time. Each
 runs as ONNX in ONNX Runtime and as LiteRT, 32-bit floats and, for students and
 MODELs, 8-bit weights; the peers in ONNX Runtime (LiteRT has no converter for
 them that could be installed beside this package). Batch 1 on the CPU.
@@ -65,7 +65,7 @@ REST_SECONDS = 0.02
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """A network in all its forms.
+  """A network as a file of each runtime.
 
   Attributes:
     name: for people.
@@ -87,11 +87,11 @@ class Entry:
 
 
 def make_entries(model: models.Model, *, int8: bool) -> list[Entry]:
-  """Writes a network of ours in every form that is timed.
+  """Writes a network of ours in every format that is timed.
 
   Raises:
     ImportError: if a converter is not installed; names the extra.
-    UnsupportedError: if it has an operation that a form lacks.
+    UnsupportedError: if a format lacks one of its operations.
   """
   golden = parity.make_inputs(model.size)["golden"]
   written = [f for f in formats.FORMATS if f.name in RUNTIMES]
@@ -112,7 +112,7 @@ def make_entries(model: models.Model, *, int8: bool) -> list[Entry]:
 
 
 def draw_model(name: str, size: int) -> models.Model:
-  """Returns a network by name with drawn weights.
+  """Returns a network by name with random weights.
 
   Raises:
     ValueError: on an unknown name.
@@ -189,7 +189,7 @@ def take_turns(
 def measure(
   entries: Sequence[Entry], *, threads: Sequence[int], turns: int
 ) -> list[dict[str, Any]]:
-  """Times every form of every network; returns a row for each."""
+  """Times every file of every network; returns a row for each."""
   calls = {
     (number, runtime, count): make_call(runtime, content, entry.image, count)
     for number, entry in enumerate(entries)

@@ -31,7 +31,10 @@ def make_row(network, median, *, runtime="onnx", threads=1, numbers="fp32"):
   }
 
 
-def test_measures_every_file_of_a_network_in_its_runtime(tmp_path, capsys):
+def test_measures_every_file_of_a_network_in_its_runtime(
+  tmp_path, monkeypatch, capsys
+):
+  monkeypatch.setattr(cost, "TURN_SECONDS", 0.01)
   options = "--networks patch_unet_12k --peers --threads 1 2 --turns 1"
   code = cost.main(
     ["--out", str(tmp_path), "--size", str(SIZE), *options.split()]

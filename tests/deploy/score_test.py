@@ -2,10 +2,13 @@ import csv
 import json
 
 import numpy as np
+from PIL import Image
 import pytest
 import tiny_model
 
 from kdseg.data import loading
+from kdseg.data import sets
+from kdseg.data.sets import synthetic
 from kdseg.deploy import export
 from kdseg.deploy import formats
 from kdseg.deploy import models
@@ -23,20 +26,33 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-  return tmp_path_factory.mktemp("data")
+def data(tmp_path_factory):
+  """Folders of a small data set with one image in each of the other splits."""
+  pictures = tmp_path_factory.mktemp("pictures")
+  for split, count in (("train", 1), ("validation", 1), ("test", 4)):
+    for i in range(count):
+      drawn = synthetic.draw(np.random.default_rng(i), 64)
+      for kind, pixels in zip(("images", "masks"), drawn):
+        path = pictures / split / kind / f"{split}{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+  return {
+    "data_dir": str(tmp_path_factory.mktemp("data")),
+    "manual_dir": str(pictures),
+  }
 
 
 @pytest.fixture(scope="module")
-def arrays(data_dir):
-  return loading.load(
-    "synthetic", "test", size=tiny_model.SIZE, data_dir=data_dir
-  )
+def arrays(data):
+  return loading.load("folder", "test", size=tiny_model.SIZE, **data)
 
 
 @pytest.fixture(scope="module")
-def scored(folder, data_dir):
-  arguments = [str(folder), "--tests", "synthetic", "--data-dir", str(data_dir)]
+def scored(folder, data):
+  arguments = [str(folder), "--tests", "folder"]
+  # An underscore is as good as a dash.
+  arguments += ["--data_dir", data["data_dir"]]
+  arguments += ["--manual-dir", data["manual_dir"]]
   assert score.main(arguments) == 0
   return folder
 
@@ -50,7 +66,9 @@ def test_every_file_is_scored_on_every_image(scored, arrays):
 
 
 def test_the_summary_is_the_mean_over_images_and_its_change(scored):
-  summary = json.loads((scored / "SCORES.json").read_text())["synthetic_test"]
+  summary = json.loads((scored / "SCORES.json").read_text())[
+    sets.BUILDERS["folder"].test_name
+  ]
   with (scored / "scores.csv").open(newline="") as file:
     rows = list(csv.DictReader(file))
   for file, entry in summary.items():
