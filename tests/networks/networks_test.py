@@ -1,93 +1,81 @@
-"""One contract for every network that has a name, from its shapes alone."""
+"""One contract for every row of networks, checked on shapes alone."""
 
 import functools
+import importlib.util
 import re
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 
 from kdseg import networks
+from kdseg.distill import extensions
+from kdseg.experiment import config as config_lib
 from kdseg.networks.encoders import pretrained
 from kdseg.networks.encoders import vit_weights
+from kdseg.runtime import devices
 
-STRIDES = {
-  "low": 4,
-  "high": 8,
-  "s16": 16,
-  "decoder_low": 4,
-  "decoder_high": 8,
-}
 HEIGHT, WIDTH = 64, 96
-NAMES = sorted(networks.NETWORKS)
 LIMITS = {"patch_unet_50k": 50_000, "patch_unet_12k": 12_000}
+# Every row, and what its options change of the modules.
+CASES = [(name, {}) for name in sorted(networks.NETWORKS)] + [
+  ("lite_unet", {"stages": 3}),
+  ("vit_unet", {"branch": "lite0", "trained_from": 7}),
+]
+every_network = pytest.mark.parametrize(
+  ("name", "options"),
+  CASES,
+  ids=["-".join((name, *options)) for name, options in CASES],
+)
+
+
+def make_image(batch=2, height=HEIGHT, width=WIDTH):
+  return jax.ShapeDtypeStruct((batch, height, width, 3), jnp.float32)
 
 
 @functools.cache
-def _shapes(name, dtype=jnp.float32, axis_name=None):
-  """Shapes of a network's variables; (network, variables)."""
-  network = networks.make_network(name, dtype=dtype, axis_name=axis_name)
-  image = jax.ShapeDtypeStruct((1, HEIGHT, WIDTH, 3), jnp.float32)
-  return network, jax.eval_shape(network.init, jax.random.key(0), image)
+def _trace(name, options=()):
+  network = networks.make_network(name, **dict(options))
+  variables = jax.eval_shape(network.init, jax.random.key(0), make_image(1))
+  return network, variables
 
 
-def _apply(name, batch=2, dtype=jnp.float32, **options):
-  network, variables = _shapes(name, dtype)
-  image = jax.ShapeDtypeStruct((batch, HEIGHT, WIDTH, 3), jnp.float32)
-  return jax.eval_shape(
-    functools.partial(network.apply, **options), variables, image
-  )
+def trace(name, options):
+  """Returns a network and the shapes of its variables, traced once."""
+  return _trace(name, tuple(options.items()))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_evaluates_to_the_named_maps_and_draws_nothing(name):
-  # Without keys: a draw would raise. Without `mutable`: so would an update.
-  out = _apply(name, train=False)
+@every_network
+def test_evaluates_to_the_named_maps_and_draws_nothing(name, options):
+  network, variables = trace(name, options)
+  # Evaluation is the default. Without keys, a draw would raise; without
+  # `mutable`, an update would.
+  out = jax.eval_shape(network.apply, variables, make_image())
   assert out["logits"].shape == (2, HEIGHT, WIDTH)
   assert set(out) == {"logits", *networks.TAPS}
-  for tap, stride in STRIDES.items():
+  for tap, stride in networks.STRIDES.items():
     grid = (2, HEIGHT // stride, WIDTH // stride)
     assert out[tap].shape[:3] == grid, tap
     assert out[tap].ndim == 4, tap
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_evaluation_is_the_default(name):
-  assert _apply(name) == _apply(name, train=False)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_trains_with_statistics_of_the_same_shapes_and_no_key(name):
-  out, updated = _apply(name, train=True, mutable=["batch_stats"])
-  _, variables = _shapes(name)
-  assert out["logits"].shape == (2, HEIGHT, WIDTH)
-  assert updated["batch_stats"] == variables["batch_stats"]
-  assert set(variables) == {"params", "batch_stats"}
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_half_precision_leaves_parameters_and_logits_whole(name):
-  _, variables = _shapes(name, jnp.bfloat16)
-  assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {
-    jnp.dtype(jnp.float32)
-  }
-  assert variables == _shapes(name)[1]
-  out = _apply(name, dtype=jnp.bfloat16)
-  assert out["logits"].dtype == jnp.float32
-  assert out["low"].dtype == jnp.bfloat16
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_every_norm_shares_its_statistics_over_the_axis(name):
-  network, variables = _shapes(name, axis_name="devices")
+@every_network
+def test_trains_without_a_key_and_shares_every_statistic(name, options):
+  _, variables = trace(name, options)
+  network = networks.make_network(name, axis_name="devices", **options)
 
   def train(variables, image):
     return network.apply(variables, image, train=True, mutable=["batch_stats"])
 
-  program = jax.make_jaxpr(train, axis_env=[("devices", 2)])(
-    variables, jax.ShapeDtypeStruct((1, HEIGHT, WIDTH, 3), jnp.float32)
-  )
+  program, (out, updated) = jax.make_jaxpr(
+    train, axis_env=[("devices", 2)], return_shape=True
+  )(variables, make_image())
+  assert out["logits"].shape == (2, HEIGHT, WIDTH)
+  assert set(variables) == {"params", "batch_stats"}
+  shapes = jax.tree.map(lambda x: x.shape, variables["batch_stats"])
+  assert jax.tree.map(lambda x: x.shape, updated["batch_stats"]) == shapes
   norms = [
     path
     for path, _ in jax.tree_util.tree_leaves_with_path(variables["batch_stats"])
@@ -96,15 +84,92 @@ def test_every_norm_shares_its_statistics_over_the_axis(name):
   assert len(re.findall(r"\bpsum\w*\[", str(program))) == len(norms) > 0
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_pretrained_part_is_called_encoder(name):
-  _, variables = _shapes(name)
-  assert "encoder" in variables["params"]
+@every_network
+def test_half_precision_leaves_parameters_and_logits_whole(name, options):
+  network = networks.make_network(name, dtype="bfloat16", **options)
+  out, variables = jax.eval_shape(
+    network.init_with_output, jax.random.key(0), make_image(1)
+  )
+  assert variables == trace(name, options)[1]
+  assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {
+    jnp.dtype(jnp.float32)
+  }
+  assert out["logits"].dtype == jnp.float32
+  for tap in networks.TAPS:
+    assert out[tap].dtype == jnp.bfloat16, tap
+
+
+@every_network
+def test_a_pretrained_part_is_called_encoder(name, options):
+  assert "encoder" in trace(name, options)[1]["params"]
+
+
+@every_network
+@pytest.mark.parametrize(("height", "width"), [(48, 64), (64, 40)])
+def test_sides_not_divisible_by_32_are_refused(name, options, height, width):
+  network = networks.make_network(name, **options)
+  with pytest.raises(ValueError, match="must be divisible by"):
+    jax.eval_shape(
+      network.init, jax.random.key(0), make_image(1, height, width)
+    )
+
+
+STUDENT = """
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from kdseg.networks import layers
+
+
+class Dots(nn.Module):
+  widths: tuple[int, ...] = (4,)
+  dtype: object = jnp.float32
+  axis_name: str | None = None
+
+  @nn.compact
+  def __call__(self, image, train=False):
+    norm = layers.batch_norm(train, axis_name=self.axis_name)
+    x = layers.space_to_depth(layers.normalize(image), 4)
+    maps = {}
+    for stride, (name, width) in enumerate(zip(TAPS, self.widths * 3)):
+      x = layers.ConvBlock(width, norm, 1, dtype=self.dtype, name=name)(x)
+      maps[name] = x
+      x = layers.max_pool_2x(x)
+    logits = layers.PixelHead(4, name="head")(maps["low"])
+    return {"logits": logits, **maps}
+
+  def published_weights(self):
+    shape = (1, 1, 48, self.widths[0])
+    yield {"params": {"kernel": jnp.ones(shape)}}, ("low", "conv")
+
+
+TAPS = ("low", "high", "s16")
+"""
+
+
+def test_a_student_is_added_by_a_module_and_one_row(tmp_path):
+  path = tmp_path / "dots.py"
+  path.write_text(STUDENT)
+  spec = importlib.util.spec_from_file_location("dots", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  config = ml_collections.ConfigDict({"students": {"dots": {"widths": (2,)}}})
+  added = extensions.Extensions(students={"dots": module.Dots})
+  student = config_lib.make_student("dots", config, added)
+  assert student.widths == (2,)
+  assert student.axis_name == devices.AXIS
+  variables = networks.make_variables(student, jax.random.key(0), size=32)
+  kernel = variables["params"]["low"]["conv"]["kernel"]
+  np.testing.assert_array_equal(kernel, 1)
+  assert networks.count_macs(student, size=32) == 8 * 8 * (48 * 2 + 2 * 17) + (
+    4 * 4 * 2 * 2 + 2 * 2 * 2 * 2
+  )
 
 
 @pytest.mark.parametrize("name", sorted(LIMITS))
 def test_is_as_small_as_its_name_says(name):
-  _, variables = _shapes(name)
+  _, variables = trace(name, {})
   assert 0 < networks.count_parameters(variables) <= LIMITS[name]
 
 
@@ -116,7 +181,7 @@ def test_parameters_are_counted_without_statistics():
   assert networks.count_parameters(variables) == 10
 
 
-def test_a_misspelt_network_is_answered_with_the_nearest():
+def test_an_unknown_network_is_refused_with_the_nearest_name():
   with pytest.raises(ValueError, match=r'"patch_unt".*mean "patch_unet"'):
     networks.make_network("patch_unt")
 
@@ -202,7 +267,7 @@ def test_published_weights_go_where_they_belong(
 
 
 @pytest.mark.parametrize("name", ["vit_unet", "lite_unet", "deeplab"])
-def test_nothing_is_read_where_every_parameter_is_to_be_drawn(sources, name):
+def test_without_weights_nothing_is_read(sources, name):
   assert _read(sources, name, weights=False) == []
 
 
@@ -219,7 +284,7 @@ def test_the_seed_decides_what_is_drawn():
   )
 
 
-def test_is_drawn_alike_where_jax_has_no_processor_beside_its_devices(
+def test_draws_the_same_where_jax_offers_no_cpu(
   monkeypatch,
 ):
   network = networks.make_network("patch_unet", widths=(2, 2, 2))

@@ -128,6 +128,7 @@ class ViTUNet(nn.Module):
       encoder_features: what `encode` returned for these images; None to run
         it here.
     """
+    layers.require_divisible(image, 32)
     if encoder_features is None:
       encoder_features = self.encode(image)
     grids = [encoder_features["grids"]] if "grids" in encoder_features else []
