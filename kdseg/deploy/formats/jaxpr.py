@@ -81,8 +81,7 @@ def trace(
 ) -> Any:
   """Returns the closed jaxpr of a function of [BATCH, *shape]."""
   image = jax.ShapeDtypeStruct((BATCH, *shape), dtype)
-  # Layers have a faster implementation for the CPU; graphs need the portable
-  # one.
+  # A graph needs the layers' portable implementation, not the CPU's.
   with mock.patch.object(jax, "default_backend", return_value="portable"):
     # The lambda is new, so that JAX does not reuse a trace made for the CPU.
     return jax.make_jaxpr(lambda x: function(x))(image)
@@ -144,6 +143,12 @@ def per_channel(constant: np.ndarray, channels: int) -> np.ndarray | None:
     constant.ndim == 0 or constant.shape[-1] == constant.size
   )
   return np.broadcast_to(constant.reshape(-1), (channels,)) if fits else None
+
+
+def narrow_shape(shape: Shape, params: Mapping[str, Any]) -> Shape:
+  """Returns a shape with sides of 1 for axes that a broadcast adds."""
+  sides = dict(zip(params["broadcast_dimensions"], shape))
+  return tuple(sides.get(axis, 1) for axis in range(len(params["shape"])))
 
 
 class Walker(Generic[V]):
@@ -212,7 +217,7 @@ class Walker(Generic[V]):
       return [self._elementwise(name, operands, out[0])]
     if name in self.reductions:
       axes = tuple(int(axis) for axis in params["axes"])
-      return [self._reduce(name, operands[0], axes, out[0].shape)]
+      return [self._reduced(name, operands[0], axes, out[0].shape)]
     method = getattr(self, f"_{name}", None)
     if method is None:
       raise UnsupportedError(
@@ -222,18 +227,12 @@ class Walker(Generic[V]):
     return [method(operands, params, out[0])]
 
   def _constant(self, equation: Any, operands: list[np.ndarray]) -> np.ndarray:
-    shape = equation.params.get("shape", ())
-    if equation.primitive.name == "broadcast_in_dim" and BATCH in shape:
+    primitive, params = equation.primitive, equation.params
+    if primitive.name == "broadcast_in_dim" and BATCH in params["shape"]:
       # The graph's operators broadcast it over whatever batch there will be.
-      shape = [1] * len(equation.params["shape"])
-      for axis, side in zip(
-        equation.params["broadcast_dimensions"], operands[0].shape
-      ):
-        shape[axis] = side
-      return np.asarray(operands[0]).reshape(shape).view(Narrow)
-    return np.asarray(
-      equation.primitive.bind(*map(np.asarray, operands), **equation.params)
-    )
+      narrow = narrow_shape(operands[0].shape, params)
+      return np.asarray(operands[0]).reshape(narrow).view(Narrow)
+    return np.asarray(primitive.bind(*map(np.asarray, operands), **params))
 
   # ------------------------------------------------------------ elementwise
 
@@ -270,9 +269,8 @@ class Walker(Generic[V]):
     kernel, bias, axis = self._read_convolution(left.convolution)
     if name in ("mul", "div"):
       scale = channel if name == "mul" else 1.0 / channel
-      kernel = kernel * scale.reshape(
-        [-1 if a == axis else 1 for a in range(4)]
-      )
+      sides = [-1 if a == axis else 1 for a in range(4)]
+      kernel = kernel * scale.reshape(sides)
       bias = bias * scale
     else:
       bias = bias + (channel if name == "add" else -channel)
@@ -308,11 +306,9 @@ class Walker(Generic[V]):
     return self._reshaped(x, shape)
 
   def _broadcast_in_dim(self, operands: list[V], params: Any, out: Any) -> V:
-    narrow = [1] * len(out.shape)
-    for axis, side in zip(params["broadcast_dimensions"], operands[0].shape):
-      narrow[axis] = side
+    narrow = narrow_shape(operands[0].shape, params)
     x = self._in_shape(operands[0], narrow)
-    if tuple(narrow) == tuple(out.shape):
+    if narrow == out.shape:
       return x
     if narrow[0] != out.shape[0] or BATCH in out.shape[1:]:
       raise UnsupportedError(f"broadcasting {x.shape} to {out.shape}")
@@ -334,24 +330,19 @@ class Walker(Generic[V]):
     x, value = operands
     config = params["padding_config"]
     plain = all(low >= 0 and high >= 0 and not gap for low, high, gap in config)
-    if (
-      isinstance(x, np.ndarray)
-      or not isinstance(value, np.ndarray)
-      or not plain
-    ):
+    if isinstance(x, np.ndarray) or isinstance(value, Value) or not plain:
       raise UnsupportedError(f"padding of {x.shape} by {config}")
-    return self._padded(
-      x, [(int(low), int(high)) for low, high, _ in config], value
-    )
+    sides = [(int(low), int(high)) for low, high, _ in config]
+    return self._padded(x, sides, value)
 
   # --------------------------------------------------------------- over maps
 
   def _reduce_window_max(self, operands: list[V], params: Any, out: Any) -> V:
-    return self._pool("max", operands[0], read_window(params), out.shape)
+    return self._pooled("max", operands[0], read_window(params), out.shape)
 
   def _reduce_window_sum(self, operands: list[V], params: Any, out: Any) -> V:
     window = read_window(params)
-    mean = self._pool("mean", operands[0], window, out.shape)
+    mean = self._pooled("mean", operands[0], window, out.shape)
     count = np.asarray(np.float32(np.prod(window.sides)))
     return self._elementwise("mul", [mean, count], out)
 
@@ -412,7 +403,7 @@ class Walker(Generic[V]):
   def _relu(self, x: V, out: Any) -> V:
     raise NotImplementedError
 
-  def _reduce(self, name: str, x: V, axes: Shape, shape: Shape) -> V:
+  def _reduced(self, name: str, x: V, axes: Shape, shape: Shape) -> V:
     """Writes the operator of `reductions[name]`, which drops the axes."""
     raise NotImplementedError
 
@@ -429,7 +420,7 @@ class Walker(Generic[V]):
     """Pads each axis by (before, after) cells of one value."""
     raise NotImplementedError
 
-  def _pool(self, kind: str, x: V, window: Window, shape: Shape) -> V:
+  def _pooled(self, kind: str, x: V, window: Window, shape: Shape) -> V:
     """Writes a pooling of kind "max" or "mean" (cells outside count as 0)."""
     raise NotImplementedError
 

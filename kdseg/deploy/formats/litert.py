@@ -258,7 +258,7 @@ class _Writer(jaxpr_lib.Walker[_Value]):
 
   # --------------------------------------------------------------- over maps
 
-  def _reduce(self, name: str, x: _Value, axes: Shape, shape: Shape) -> _Value:
+  def _reduced(self, name: str, x: _Value, axes: Shape, shape: Shape) -> _Value:
     kind = self.reductions[name]
     made = self.graph.operator(kind, [x, axes], shape, keepDims=False)
     if name == "reduce_sum" and axes == (1, 2) and len(x.shape) == 4:
@@ -327,7 +327,9 @@ class _Writer(jaxpr_lib.Walker[_Value]):
     made.convolution = len(self.graph.operators) - 1
     return made
 
-  def _pool(self, kind: str, x: _Value, window: Window, shape: Shape) -> _Value:
+  def _pooled(
+    self, kind: str, x: _Value, window: Window, shape: Shape
+  ) -> _Value:
     if kind == "mean" and any(map(any, window.padding)):
       # The operator's own padding would not count the cells outside.
       raise UnsupportedError("a padded sum over windows")

@@ -321,7 +321,7 @@ class _Writer(jaxpr_lib.Walker[_Value]):
 
   # --------------------------------------------------------------- over maps
 
-  def _reduce(self, name: str, x: _Value, axes: Shape, shape: Shape) -> _Value:
+  def _reduced(self, name: str, x: _Value, axes: Shape, shape: Shape) -> _Value:
     names = [self._plain(x), self._weight(np.array(axes, np.int64), "axes")]
     return _Value(shape, self._node(self.reductions[name], names, keepdims=0))
 
@@ -351,7 +351,9 @@ class _Writer(jaxpr_lib.Walker[_Value]):
     )
     return _Value(out.shape, name, True, convolution=len(self.nodes) - 1)
 
-  def _pool(self, kind: str, x: _Value, window: Window, shape: Shape) -> _Value:
+  def _pooled(
+    self, kind: str, x: _Value, window: Window, shape: Shape
+  ) -> _Value:
     operator = {"max": "MaxPool", "mean": "AveragePool"}[kind]
     attributes = {"count_include_pad": 1} if kind == "mean" else {}
     name = self._node(
