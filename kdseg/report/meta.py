@@ -71,17 +71,7 @@ def merge(metas: Sequence[Meta]) -> dict[str, Any]:
   merged: dict[str, Any] = {}
   for meta in metas:
     check(meta)
-    for key, value in meta.items():
-      if key in ("notes", "primary"):
-        known = merged.setdefault(key, [])
-        known += [item for item in value if item not in known]
-      elif isinstance(value, Mapping):
-        _merge_into(merged.setdefault(key, {}), value, key)
-      elif key == "teacher" and not (value and merged.get(key)):
-        # A control's "" gives way to the teacher of another folder.
-        merged[key] = value or merged.get(key, "")
-      elif merged.setdefault(key, value) != value:
-        raise ValueError(_conflict(key, merged[key], value))
+    _merge_into(merged, meta, "")
   return merged
 
 
@@ -109,12 +99,8 @@ def primary(meta: Meta) -> list[tuple[str, str, str]]:
 
 def bootstrap(meta: Meta) -> dict[str, Any]:
   """Returns the arguments of `statistics.hierarchical_bootstrap`."""
-  return {
-    "resamples": 10_000,
-    "seed": 0,
-    "level": 0.95,
-    **meta.get("bootstrap", {}),
-  }
+  options = {"resamples": 10_000, "seed": 0, "level": 0.95}
+  return options | meta.get("bootstrap", {})
 
 
 def protocol_line(
@@ -179,23 +165,23 @@ def _named(entry: Mapping[str, Any], meta: Meta) -> tuple[str, str, str]:
   return entry.get("dataset", ""), arm, best
 
 
-def _merge_into(
-  known: dict[str, Any], new: Mapping[str, Any], where: str
-) -> None:
+def _merge_into(known: dict[str, Any], new: Meta, where: str) -> None:
   for key, value in new.items():
-    place = f"{where}.{key}"
+    place = f"{where}{key}"
     if isinstance(value, Mapping):
-      _merge_into(known.setdefault(key, {}), value, place)
+      _merge_into(known.setdefault(key, {}), value, f"{place}.")
+    elif place in ("notes", "primary"):
+      there = known.setdefault(key, [])
+      there += [item for item in value if item not in there]
+    elif place == "teacher" and not (value and known.get(key)):
+      # A control's "" gives way to the teacher of another folder.
+      known[key] = value or known.get(key, "")
     elif known.setdefault(key, value) != value:
-      raise ValueError(_conflict(place, known[key], value))
-
-
-def _conflict(key: str, one: object, other: object) -> str:
-  return (
-    f"the folders differ in {key}: {shown(repr(one))} and "
-    f"{shown(repr(other))}. Their scores do not belong in one table; make one "
-    "for each"
-  )
+      raise ValueError(
+        f"the folders differ in {place}: {shown(repr(known[key]))} and "
+        f"{shown(repr(value))}. Their scores do not belong in one table; make "
+        "one for each"
+      )
 
 
 def _coverage(found: int | None, official: int | None) -> str:
