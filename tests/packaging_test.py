@@ -29,12 +29,6 @@ LINES_OF_A_FUNCTION = 60
 PARAMETERS = 8
 # What is larger, and why.
 LARGER = {
-  "training.arms.make_arms: lines": "",
-  "training.batches.make_batches: lines": "",
-  "training.cached_outputs.compute: lines": "",
-  "training.stage.train_together: lines": "",
-  "training.step._make_loss: lines": "",
-  "training.step.make_train_step: lines": "",
 }
 # What may come at the core: neither flax, nor configs, nor files.
 PURE = {

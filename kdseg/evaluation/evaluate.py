@@ -3,6 +3,7 @@
 import base64
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Mapping
 from collections.abc import Sequence
 import itertools
 import math
@@ -33,7 +34,7 @@ def probabilities(
   *,
   batch_size: int,
   tta: str = "none",
-  encoder_features: dict[str, np.ndarray] | None = None,
+  encoder_features: Mapping[str, np.ndarray] | None = None,
 ) -> Iterator[tuple[int, np.ndarray]]:
   """Yields (example, probability [S, S] float32) for every example, once.
 
@@ -63,7 +64,7 @@ def _answered(
   arrays: loading.Arrays,
   batch_size: int,
   tta: str,
-  encoder_features: dict[str, np.ndarray] | None = None,
+  encoder_features: Mapping[str, np.ndarray] | None = None,
   first: int = 0,
 ) -> Iterator[list[tuple[int, np.ndarray]]]:
   """Yields what `probabilities` does a batch, from batch `first` on."""
@@ -79,9 +80,9 @@ def _answered(
   for batch in itertools.islice(batches, first, None):
     batch = {name: values[mine] for name, values in batch.items()}
     real = batch["_mask"]
-    total = 0.0
+    total: Any = 0.0
     for orientation in range(count):
-      given = {
+      given: Tree = {
         "image": np.ascontiguousarray(
           orientations.orient(batch["image"], orientation)
         )
@@ -105,7 +106,7 @@ def mean_dice(
   arrays: loading.Arrays,
   *,
   batch_size: int,
-  encoder_features: dict[str, np.ndarray] | None = None,
+  encoder_features: Mapping[str, np.ndarray] | None = None,
 ) -> float:
   """Returns the mean per-image Dice at the size of the arrays.
 
@@ -163,7 +164,7 @@ def score(
   for batch in _answered(
     predict, variables, arrays, batch_size, tta, first=len(before)
   ):
-    scored = []
+    scored: list[tuple[int, Row, Any]] = []
     for i, probability in batch:
       truth = arrays.native_mask(i)
       native = metrics.resize_probability(probability, *truth.shape)
@@ -178,7 +179,7 @@ def score(
       ]
     if keep is not None and hosts.is_first():
       for _, row, mask in scored:
-        keep(row["id"], mask)
+        keep(str(row["id"]), mask)
     rows += [row for _, row, _ in scored]
     if note is not None:
       note([row for _, row, _ in scored])

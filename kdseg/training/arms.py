@@ -140,21 +140,19 @@ def make_groups(arms: Mapping[str, ArmState], at_once: int = 1) -> list[Group]:
       names = tuple(kind[first : first + at_once])
       members = [arms[name] for name in names]
       step, state = members[0].step, members[0].state
-      if all(arm.diverged for arm in members):
-        continue
       if len(members) > 1:
-        assert members[0].step_stacked is not None
-        step = members[0].step_stacked
+        step = members[0].step_stacked or step
         state = _stack([arm.state for arm in members])
-      groups.append(Group(names, step, state))
+      if not all(arm.diverged for arm in members):
+        groups.append(Group(names, step, state))
   return groups
 
 
 def compile_groups(groups: Sequence[Group], prepared: Tree) -> None:
   """Compiles the programs of the groups side by side, if they can be lowered.
 
-  Compiling is most of a first step, and much of that uses one core. Tracing is
-  done in this thread, to which JAX's context managers apply.
+  Much of compiling uses one core. Tracing is done in this thread, to which
+  JAX's context managers apply.
   """
   if hosts.are_many():
     return
@@ -169,7 +167,6 @@ def compile_groups(groups: Sequence[Group], prepared: Tree) -> None:
     for compiled in begun:
       compiled.result()
   finally:
-    # After a failure or an interrupt, those that have not begun never do.
     pool.shutdown(cancel_futures=True)
 
 
@@ -213,7 +210,6 @@ def make_arms(
   arms = {}
   for name, spec in specs.items():
     if spec.kind not in kinds:
-      tx = training.make_tx(steps, getattr(spec.network, "is_frozen", None))
       network = type(spec.network), repr(spec.network)
       if network not in initializers:
         initializers[network] = networks.make_initializer(
@@ -222,7 +218,8 @@ def make_arms(
       distiller = repr((spec.distiller, spec.distiller_inputs))
       if distiller not in distillers:
         distillers[distiller] = _distiller_initializer(spec)
-      initialize = functools.partial(
+      tx = training.make_tx(steps, getattr(spec.network, "is_frozen", None))
+      draw = functools.partial(
         _initial_state,
         initialize=initializers[network],
         initialize_distiller=distillers[distiller],
@@ -240,20 +237,26 @@ def make_arms(
         teacher_std=teacher_std,
         ema_decay=training.ema_decay,
       )
-      mapped = functools.partial(
-        devices.parallel,
-        replicated=1,
-        out_replicated=True,
-        donate=True,
-        mapping=run_config.mapping,
-      )
-      stacked = jax.vmap(update, in_axes=(0, None))
-      kinds[spec.kind] = initialize, mapped(update), mapped(stacked)
+      kinds[spec.kind] = draw, *_map_update(update, run_config.mapping)
     initialize, one, several = kinds[spec.kind]
     arms[name] = ArmState(
       devices.replicate(initialize(spec.seed)), one, several
     )
   return arms
+
+
+def _map_update(
+  update: step_lib.TrainStep, mapping: str
+) -> tuple[StepFn, StepFn]:
+  """Maps an update over the devices, of one arm and of stacked arms."""
+  mapped = functools.partial(
+    devices.parallel,
+    replicated=1,
+    out_replicated=True,
+    donate=True,
+    mapping=mapping,
+  )
+  return mapped(update), mapped(jax.vmap(update, in_axes=(0, None)))
 
 
 def _initial_state(

@@ -17,6 +17,8 @@ Tree = Any
 BatchInfo = Mapping[str, Any]
 # From the first step, yields (step, batch, batch_info).
 Batches = Callable[[int], Iterator[tuple[int, Tree, BatchInfo]]]
+# {"encoder_features" | "teacher_out": {name: [8 or 1, N, ...]}}.
+CachedOutputs = Mapping[str, Mapping[str, np.ndarray]]
 
 
 def make_batches(
@@ -25,7 +27,7 @@ def make_batches(
   seed: int,
   batch_size: int,
   steps: int,
-  cached_outputs: Mapping[str, Mapping[str, np.ndarray]] | None = None,
+  cached_outputs: CachedOutputs | None = None,
 ) -> Batches:
   """Makes `batches(first_step)`, prefetched and split over the devices.
 
@@ -42,8 +44,8 @@ def make_batches(
 
   Returns:
     A function from the first step to an iterator of (step, batch, batch_info):
-    the batch as `step.make_prepare` takes it; `batch_info` with the examples'
-    "ids" and the host arrays.
+    the batch for `prepare.make_prepare`; `batch_info` with the examples' "ids"
+    and the host arrays.
   """
   count, index = jax.process_count(), jax.process_index()
 
@@ -64,26 +66,9 @@ def make_batches(
         "mask": batch["mask"],
       }
       if cached_outputs:
-        orientations = pipeline.shard_for_process(
-          orientations_lib.draw_orientations(seed, step, batch_size),
-          index,
-          count,
-        )
-        batch["image"] = orientations_lib.orient_each(
-          batch["image"], orientations
-        )
-        batch["mask"] = orientations_lib.orient_each(
-          batch["mask"], orientations
-        )
-        for what, files in cached_outputs.items():
-          batch[what] = {
-            name: (
-              orientations_lib.orient_each(file[0, rows], orientations)
-              if len(file) == 1
-              else file[orientations, rows]
-            )
-            for name, file in files.items()
-          }
+        drawn = orientations_lib.draw_orientations(seed, step, batch_size)
+        mine = pipeline.shard_for_process(drawn, index, count)
+        batch = _orient(batch, rows, mine, cached_outputs)
       yield step, batch, batch_info
 
   def put(example: tuple[int, dict, BatchInfo]) -> tuple[int, Tree, BatchInfo]:
@@ -91,3 +76,33 @@ def make_batches(
     return step, devices.shard(batch), batch_info
 
   return lambda first_step: pipeline.prefetch(examples(first_step), put)
+
+
+def _orient(
+  batch: Mapping[str, np.ndarray],
+  rows: np.ndarray,
+  orientations: np.ndarray,
+  cached_outputs: CachedOutputs,
+) -> dict[str, Any]:
+  """Turns a batch's images and masks; adds the cached outputs, turned alike.
+
+  Args:
+    batch: "image" [B, S, S, 3] and "mask" [B, S, S].
+    rows: of the examples in the cached outputs, [B].
+    orientations: of the examples, [B].
+    cached_outputs: see `make_batches`.
+  """
+  oriented: dict[str, Any] = {
+    name: orientations_lib.orient_each(array, orientations)
+    for name, array in batch.items()
+  }
+  for what, files in cached_outputs.items():
+    oriented[what] = {
+      name: (
+        orientations_lib.orient_each(file[0, rows], orientations)
+        if len(file) == 1
+        else file[orientations, rows]
+      )
+      for name, file in files.items()
+    }
+  return oriented

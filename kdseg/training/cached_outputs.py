@@ -1,14 +1,14 @@
-"""What a frozen network makes of an image, computed once an orientation.
+"""Outputs of frozen networks, computed once for each orientation of an image.
 
 Flips and quarter turns make eight orientations of a square image. A network
-that is not trained any more answers each of them alike every time, so its
-answers are computed once and read back: a teacher's pass then costs a copy.
-Other geometric augmentation is off where this is used; colour jitter is seen
-by the student alone.
+that is no longer trained gives the same outputs each time, so they are computed
+once and read back: a teacher's pass then costs a copy. No other geometric
+augmentation is possible with them; only the student sees colour jitter.
 """
 
 from collections.abc import Callable
 from collections.abc import Mapping
+import itertools
 import json
 import os
 import pathlib
@@ -21,12 +21,14 @@ from kdseg.runtime import files as files_lib
 
 Arrays = dict[str, np.ndarray]
 
+_RECORD = "record.json"
+
 
 def average(files: Mapping[str, np.ndarray]) -> Arrays:
-  """Averages answers over the eight orientations, brought back to the first.
+  """Averages outputs over the eight orientations, turned back to the first.
 
-  What a network answers on average moves with the image exactly, so that one
-  orientation says it all; see `feed.make_batches`.
+  The average turns with the image exactly, so one orientation of it is enough;
+  see `batches.make_batches`.
 
   Args:
     files: {name: [8, N, h, w, ...]}, as of `compute`; h = w.
@@ -53,7 +55,7 @@ def average(files: Mapping[str, np.ndarray]) -> Arrays:
 
 
 def compute(
-  function: Callable[[np.ndarray], Mapping[str, Any]],
+  function: Callable[..., Mapping[str, Any]],
   images: np.ndarray,
   directory: str | pathlib.Path,
   *,
@@ -81,73 +83,67 @@ def compute(
     progress: called with (images done, images in all).
   """
   directory = pathlib.Path(directory)
-  with files_lib.writing(directory):
-    directory.mkdir(parents=True, exist_ok=True)
-  record_path = directory / "record.json"
-  record = {"key": key, "orientations": orientations, "images": 0}
+  record = {"key": key, "orientations": orientations}
+  files, resumed = _open(directory, record)
   count = len(images)
-  starts = [
-    (o, s) for o in range(orientations) for s in range(0, count, batch_size)
-  ]
-  if record_path.exists():
-    found = json.loads(record_path.read_text())
-    # Once batches were counted, whose size could not change then.
-    if found.pop("done", None) == len(starts):
-      found["images"] = orientations * count
-    if {**found, "images": 0} == record:
-      record |= found
-  files: Arrays = {}
-  if record["images"]:
-    files = {
-      path.stem: np.load(path, mmap_mode="r+")
-      for path in sorted(directory.glob("*.npy"))
-    }
-  else:
-    # The answers of another key go with its record: they may have had other
-    # names, and must not be taken for whole if this run is killed.
-    _write_record(record_path, record)
-    for path in directory.glob("*.npy"):
-      path.unlink()
+  starts = list(
+    itertools.product(range(orientations), range(0, count, batch_size))
+  )
   for number, (orientation, start) in enumerate(starts):
     done = orientation * count + min(start + batch_size, count)
-    if done <= record["images"]:
+    if done <= resumed:
       continue
-    batch = orientations_lib.orient(
-      images[start : start + batch_size], orientation
-    )
-    given = [_padded(batch, batch_size)]
+    rows = slice(start, start + batch_size)
+    batch = orientations_lib.orient(images[rows], orientation)
+    given: list[Any] = [_padded(batch, batch_size)]
     if extra is not None:
       given.append(
-        {
-          name: _padded(
-            array[orientation, start : start + batch_size], batch_size
-          )
-          for name, array in extra.items()
-        }
+        {n: _padded(x[orientation, rows], batch_size) for n, x in extra.items()}
       )
-    answers = function(*given)
-    for name, answer in answers.items():
-      answer = np.asarray(answer)[: len(batch)]
+    for name, output in function(*given).items():
+      output = np.asarray(output)[: len(batch)]
       if name not in files:
-        files[name] = _make_file(
-          directory / f"{name}.npy", (orientations, count, *answer.shape[1:])
-        )
-      files[name][orientation, start : start + len(batch)] = answer
+        shape = orientations, count, *output.shape[1:]
+        files[name] = _make_file(directory / f"{name}.npy", shape)
+      files[name][orientation, rows] = output
     if number % 16 == 15 or number + 1 == len(starts):
       with files_lib.writing(directory):
         for file in files.values():
           file.flush()
-      record["images"] = done
-      _write_record(record_path, record)
+      _write_record(directory, record | {"images": done})
     if progress is not None:
       progress(done, orientations * count)
-  return files
+  return dict(files)
 
 
-def _make_file(path: pathlib.Path, shape: tuple[int, ...]) -> np.ndarray:
-  """Makes an array of float16 on disk, which has its space from the start.
+def _open(
+  directory: pathlib.Path, record: Mapping[str, Any]
+) -> tuple[dict[str, np.memmap], int]:
+  """Opens the files that have this record; deletes those of another.
 
-  Without, a disk that is full later would end the process, with no error.
+  Returns:
+    The files by name, and how many images of them are done.
+  """
+  with files_lib.writing(directory):
+    directory.mkdir(parents=True, exist_ok=True)
+  path = directory / _RECORD
+  found = json.loads(path.read_text()) if path.exists() else {}
+  done = found.pop("images", 0)
+  if found == record and done:
+    names = sorted(directory.glob("*.npy"))
+    return {p.stem: np.load(p, mmap_mode="r+") for p in names}, done
+  # First the record: if this run is killed, files of another key, which may
+  # have other names, must not be taken for complete.
+  _write_record(directory, {**record, "images": 0})
+  for file in directory.glob("*.npy"):
+    file.unlink()
+  return {}, 0
+
+
+def _make_file(path: pathlib.Path, shape: tuple[int, ...]) -> np.memmap:
+  """Makes an array of float16 on disk, and reserves its space.
+
+  Otherwise a disk that fills up later would kill the process without an error.
 
   Raises:
     WriteError: if there is not enough space; nothing of the file is left.
@@ -164,8 +160,8 @@ def _make_file(path: pathlib.Path, shape: tuple[int, ...]) -> np.ndarray:
   return file
 
 
-def _write_record(path: pathlib.Path, record: Mapping[str, Any]) -> None:
-  files_lib.write_text(path, json.dumps(record))
+def _write_record(directory: pathlib.Path, record: Mapping[str, Any]) -> None:
+  files_lib.write_text(directory / _RECORD, json.dumps(record))
 
 
 def _padded(array: np.ndarray, length: int) -> np.ndarray:

@@ -48,7 +48,7 @@ def make_teach(
     extra = (
       {} if encoder_features is None else {"encoder_features": encoder_features}
     )
-    out = teacher.apply(variables, image, train=False, **extra)
+    out: Any = teacher.apply(variables, image, train=False, **extra)
     teacher_out = {"logits": out["logits"]}
     for name in names:
       if name != "logits":
@@ -87,7 +87,7 @@ def make_prepare(
       seed, step, step_lib.AUGMENT, batch["image"].shape[0]
     )
     image, mask = augment(keys, batch["image"], batch["mask"])
-    prepared = {"image": image, "mask": mask}
+    prepared: Batch = {"image": image, "mask": mask}
     if "encoder_features" in batch:
       prepared["encoder_features"] = batch["encoder_features"]
     if "teacher_out" in batch:
@@ -139,23 +139,20 @@ def parallel_prepare(
 
 
 def measure_teacher_std(
-  batches: Callable[[int], Iterator[tuple[int, Tree, Any]]],
-  prepare: Prepare,
-  count: int = 16,
+  batches: Callable[[int], Iterator[tuple[int, Tree, Any]]], count: int = 16
 ) -> dict[str, np.ndarray]:
   """Measures each channel of the teacher's taps over the first batches.
 
   Args:
-    batches: see `batches.make_batches`.
-    prepare: its prepared batches hold "teacher_out".
+    batches: from the first step, yields (step, prepared batch, batch_info).
     count: of batches, at most.
 
   Returns:
     {tap: [C] float32}, never below 1e-3 of the tap's largest.
   """
   sums: dict[str, list[np.ndarray]] = {}
-  for step, batch, _ in itertools.islice(batches(0), count):
-    for name, value in prepare(step, batch)["teacher_out"].items():
+  for _, prepared, _ in itertools.islice(batches(0), count):
+    for name, value in prepared["teacher_out"].items():
       if name != "logits":
         flat = np.asarray(value, np.float64).reshape(-1, value.shape[-1])
         moments = np.stack([flat.mean(0), np.square(flat).mean(0)])

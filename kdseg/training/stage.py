@@ -69,7 +69,7 @@ class Inputs:
   validation: loading.Arrays
   teach: prepare_lib.Teach | None = None
   teacher_variables: Tree = None
-  cached_outputs: Mapping[str, Mapping[str, np.ndarray]] | None = None
+  cached_outputs: batches_lib.CachedOutputs | None = None
   validation_features: Mapping[str, np.ndarray] | None = None
 
 
@@ -85,29 +85,28 @@ def train_together(
 ) -> None:
   """Trains networks on the same batches and writes the best of each.
 
-  An arm that diverges leaves the best weights it had; before its first
-  validation, a `failed.json` that says why in their place.
+  An arm that diverges leaves the best weights it had; if it had none, a
+  `failed.json` that says why.
 
   Args:
-    stage: its name, and where its checkpoints are.
+    stage: its name and its folder.
     specs: of the arms, by name.
     run_config: of the run.
     training: of the stage.
     inputs: of the stage.
     log: writes one record.
-    stop: polled after each step; if true, the stage saves and raises
-      StoppedError.
+    stop: polled after each step, see `loop.Callbacks`.
 
   Raises:
     StoppedError: if `stop` says so.
     DivergedError: if every arm diverged, and they may not.
-    CheckpointError: if the folder holds another stage's checkpoints.
+    CheckpointError: if the folder holds checkpoints of other arms.
   """
   steps = training.steps(len(inputs.train), run_config.batch_size)
-  batches, prepare = _make_batches(run_config, inputs, steps)
+  batches = _make_prepared_batches(run_config, inputs, steps)
   teacher_std = None
   if any(spec.method.normalise == "std" for spec in specs.values()):
-    teacher_std = prepare_lib.measure_teacher_std(batches, prepare)
+    teacher_std = prepare_lib.measure_teacher_std(batches)
   arms = arms_lib.make_arms(specs, run_config, training, steps, teacher_std)
   with contextlib.ExitStack() as stack:
     manager = None
@@ -120,9 +119,7 @@ def train_together(
       loop.fit(
         arms,
         arms_lib.make_groups(arms, run_config.seeds_at_once),
-        lambda first: (
-          (i, prepare(i, x), info) for i, x, info in batches(first)
-        ),
+        batches,
         _make_loop_config(stage, run_config, training, inputs, first_step),
         loop.Callbacks(
           validate=_make_validate(stage, specs, run_config, inputs),
@@ -137,9 +134,9 @@ def train_together(
       checkpoints.write_result(specs[name], arm, steps)
 
 
-def _make_batches(
+def _make_prepared_batches(
   run_config: settings.RunConfig, inputs: Inputs, steps: int
-) -> tuple[batches_lib.Batches, prepare_lib.Prepare]:
+) -> batches_lib.Batches:
   batches = batches_lib.make_batches(
     inputs.train,
     seed=run_config.seed,
@@ -153,7 +150,10 @@ def _make_batches(
     inputs.teacher_variables,
     oriented=bool(inputs.cached_outputs),
   )
-  return batches, prepare
+  return lambda first_step: (
+    (step, prepare(step, batch), batch_info)
+    for step, batch, batch_info in batches(first_step)
+  )
 
 
 def _make_loop_config(

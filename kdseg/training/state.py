@@ -1,4 +1,4 @@
-"""What training carries from step to step, and nothing else."""
+"""The state of an arm, which training carries from step to step."""
 
 from typing import Any
 
@@ -10,8 +10,7 @@ Array = jax.Array
 Tree = Any
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
   """The state of one arm, replicated over the devices.
 
   Attributes:
@@ -56,7 +55,7 @@ def make_state(
   """
   params = {"network": variables["params"], "distiller": distiller_params}
   batch_stats = variables.get("batch_stats", {})
-  average = {}
+  average: dict[str, Tree] = {}
   if keep_average:
     # Copies: the step donates its state, and a buffer can be given once only.
     average = jax.tree.map(

@@ -68,8 +68,8 @@ def make_train_step(
 ) -> TrainStep:
   """Makes one arm's update, to be mapped by `parallel`.
 
-  If the loss or a gradient is not finite, the update leaves the state as it
-  was, all but its step, and its metric "finite" is 0: the loop decides then.
+  If the loss or a gradient is not finite, the update changes no more than the
+  state's step, and its metric "finite" is 0.
 
   Args:
     network: student, or teacher while it is trained itself.
@@ -77,11 +77,9 @@ def make_train_step(
     segmentation: weights of the segmentation terms.
     steps: of the whole training.
     method: of distillation; None, or one without terms, for none.
-    distiller: with the align and generator layers, if the method has feature
-      terms.
+    distiller: the align and generator layers, for feature terms.
     teacher_std: by tap, [C], for methods that normalise by it.
-    ema_decay: of the moving average of the network; 0 for none. The
-      average of the first steps is shorter, min(decay, (1 + t) / (10 + t)).
+    ema_decay: of the moving average of the network; 0 for none.
 
   Returns:
     (state, prepared) -> (state, metrics); metrics are means over the devices.
@@ -107,23 +105,8 @@ def make_train_step(
     metrics["gradient_norm"] = optax.tree.norm(grads)
     finite = jnp.isfinite(metrics["loss"] + metrics["gradient_norm"])
     metrics["finite"] = finite.astype(jnp.float32)
-
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    average = state.average
-    if ema_decay:
-      decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
-      average = jax.tree.map(
-        lambda old, new: decay * old + (1.0 - decay) * new,
-        average,
-        {"params": params["network"], "batch_stats": batch_stats},
-      )
-    after = state.replace(
-      params=params,
-      batch_stats=batch_stats,
-      opt_state=opt_state,
-      average=average,
-      balance=balance,
+    after = _apply(state, tx, grads, batch_stats, ema_decay).replace(
+      balance=balance
     )
     kept = jax.tree.map(
       lambda old, new: jnp.where(finite, new, old), state, after
@@ -132,6 +115,33 @@ def make_train_step(
     return kept.replace(step=state.step + 1), metrics
 
   return train_step
+
+
+def _apply(
+  state: TrainState,
+  tx: optax.GradientTransformation,
+  grads: Tree,
+  batch_stats: Tree,
+  ema_decay: float,
+) -> TrainState:
+  """Applies gradients and batch statistics to the network and its average."""
+  updates, opt_state = tx.update(grads, state.opt_state, state.params)
+  params: Any = optax.apply_updates(state.params, updates)
+  average = state.average
+  if ema_decay:
+    # The first steps are averaged over less: they are far from the last ones.
+    decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
+    average = jax.tree.map(
+      lambda old, new: decay * old + (1.0 - decay) * new,
+      average,
+      {"params": params["network"], "batch_stats": batch_stats},
+    )
+  return state.replace(
+    params=params,
+    batch_stats=batch_stats,
+    opt_state=opt_state,
+    average=average,
+  )
 
 
 def _make_loss(
@@ -152,7 +162,7 @@ def _make_loss(
     keys = functools.partial(
       example_keys, state.seed, state.step, batch=image.shape[0]
     )
-    out, updated = network.apply(
+    applied: Any = network.apply(
       {"params": params["network"], "batch_stats": state.batch_stats},
       image,
       train=True,
@@ -161,46 +171,63 @@ def _make_loss(
       rngs={"dropout": keys(DROP)[0]},
       **_features_of(prepared),
     )
+    out, updated = applied
     # Materialise the logits: otherwise XLA recomputes the last upsampling, and
     # its gradient, in every pixelwise loss.
     out = {**out, "logits": jax.lax.optimization_barrier(out["logits"])}
     task, parts = objective.segmentation_loss(
       out["logits"], labels, segmentation
     )
-    terms, weights, balance, total = {}, {}, state.balance, task
+    terms: dict[str, Array] = {}
+    weights: Mapping[str, Array | float] = {}
+    balance, total = state.balance, task
     if method.terms:
-      bound = None
-      if distiller is not None:
-        bound = functools.partial(
-          distiller.apply, {"params": params["distiller"]}
-        )
       terms = objective.distillation_terms(
         out,
         prepared["teacher_out"],
         labels,
         keys(HIDE),
         method=method,
-        distiller=bound,
+        distiller=_bind(distiller, params),
         teacher_std=teacher_std,
       )
-      # Every device must weigh alike, so the balance sees the mean of all.
-      means = jax.lax.pmean(
-        jax.lax.stop_gradient((task, terms)), axis_name=devices.AXIS
-      )
-      balance = objective.update_balance(
-        state.balance,
-        *means,
-        state.step,
-        calibration_steps=method.calibration_steps,
-      )
+      balance = _update_balance(state, task, terms, method)
       total, weights = objective.total_loss(
         task, terms, balance, state.step, method=method, steps=steps
       )
-    metrics = {"loss": total, "task": task, **parts, **terms}
+    metrics: dict[str, Any] = {"loss": total, "task": task, **parts, **terms}
     metrics |= {f"weight/{name}": w for name, w in weights.items()}
     return total, (metrics, updated.get("batch_stats", {}), balance)
 
   return loss_fn
+
+
+def _bind(
+  distiller: nn.Module | None, params: Tree
+) -> Callable[..., Any] | None:
+  """Returns the distiller with its parameters bound; None without one."""
+  if distiller is None:
+    return None
+  return functools.partial(distiller.apply, {"params": params["distiller"]})
+
+
+def _update_balance(
+  state: TrainState,
+  task: Array,
+  terms: Mapping[str, Array],
+  method: method_lib.Method,
+) -> dict[str, Array]:
+  """Updates the balance by the means over all devices: all weigh alike."""
+  task, terms = jax.lax.pmean(
+    jax.lax.stop_gradient((task, terms)), axis_name=devices.AXIS
+  )
+  return objective.update_balance(
+    state.balance,
+    task,
+    terms,
+    state.step,
+    calibration_steps=method.calibration_steps,
+  )
 
 
 def make_predict(network: nn.Module) -> Callable[[Tree, Batch], Array]:
@@ -211,7 +238,9 @@ def make_predict(network: nn.Module) -> Callable[[Tree, Batch], Array]:
 
   def predict(variables: Tree, batch: Batch) -> Array:
     image = batch["image"].astype(jnp.float32) / 255.0
-    out = network.apply(variables, image, train=False, **_features_of(batch))
+    out: Any = network.apply(
+      variables, image, train=False, **_features_of(batch)
+    )
     return jax.nn.sigmoid(out["logits"].astype(jnp.float32))
 
   return predict

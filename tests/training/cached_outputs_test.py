@@ -1,5 +1,3 @@
-import json
-
 import numpy as np
 import pytest
 
@@ -144,20 +142,6 @@ def test_goes_on_in_batches_of_another_size(tmp_path):
   np.testing.assert_array_equal(
     found["grid"], compute(describe, tmp_path / "whole")["grid"]
   )
-
-
-@pytest.mark.parametrize(("done", "calls"), [(24, 0), (23, 24)])
-def test_of_a_record_that_counts_batches_only_a_finished_one_is_taken(
-  tmp_path, done, calls
-):
-  compute(describe, tmp_path)
-  path = tmp_path / "record.json"
-  record = json.loads(path.read_text())
-  del record["images"]
-  path.write_text(json.dumps(record | {"done": done}))
-  again = Counting()
-  compute(again, tmp_path)
-  assert again.calls == calls
 
 
 def test_another_key_computes_again_and_leaves_nothing_of_the_old(tmp_path):

@@ -154,8 +154,10 @@ def test_a_missing_tap_is_named_with_those_there_are(teacher_out, tap, message):
 def measure(values, count=16):
   """`values` by batch, each [devices, B, h, w, C]."""
   return prepare_lib.measure_teacher_std(
-    lambda first: ((i, i, {}) for i in range(len(values))),
-    lambda step, batch: {"teacher_out": {"low": values[batch], "logits": None}},
+    lambda first: (
+      (i, {"teacher_out": {"low": x, "logits": None}}, {})
+      for i, x in enumerate(values)
+    ),
     count,
   )
 
