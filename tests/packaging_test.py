@@ -28,8 +28,7 @@ LINES_OF_A_FORMAT = 450
 LINES_OF_A_FUNCTION = 60
 PARAMETERS = 8
 # What is larger, and why.
-LARGER = {
-}
+LARGER = {}
 # What may come at the core: neither flax, nor configs, nor files.
 PURE = {
   "chex",
