@@ -12,19 +12,20 @@ IMAGE = jax.random.uniform(jax.random.key(0), (2, 32, 32, 3))
 def make_members(*channels):
   members = [tiny.Network(c) for c in channels]
   variables = [
-    member.init(jax.random.key(i), IMAGE) for i, member in enumerate(members)
+    jax.jit(member.init)(jax.random.key(i), IMAGE)
+    for i, member in enumerate(members)
   ]
   return members, variables
 
 
 def test_the_probability_is_the_mean_of_the_members():
   members, variables = make_members(3, 5, 2)
-  joined = ensemble.Ensemble(members).apply(
+  joined = jax.jit(ensemble.Ensemble(members).apply)(
     ensemble.join_variables(variables), IMAGE
   )
   expected = np.mean(
     [
-      1 / (1 + np.exp(-np.asarray(m.apply(v, IMAGE)["logits"])))
+      1 / (1 + np.exp(-np.asarray(jax.jit(m.apply)(v, IMAGE)["logits"])))
       for m, v in zip(members, variables)
     ],
     axis=0,
@@ -35,10 +36,10 @@ def test_the_probability_is_the_mean_of_the_members():
 
 def test_taps_lie_side_by_side_in_the_members_order():
   members, variables = make_members(3, 5)
-  joined = ensemble.Ensemble(members).apply(
+  joined = jax.jit(ensemble.Ensemble(members).apply)(
     ensemble.join_variables(variables), IMAGE
   )
-  outs = [m.apply(v, IMAGE) for m, v in zip(members, variables)]
+  outs = [jax.jit(m.apply)(v, IMAGE) for m, v in zip(members, variables)]
   for tap, width in (("low", 8), ("high", 10), ("s16", 12)):
     assert joined[tap].shape[-1] == width
     np.testing.assert_allclose(
@@ -47,7 +48,7 @@ def test_taps_lie_side_by_side_in_the_members_order():
 
 
 class Constant(tiny.nn.Module):
-  """Answers with one logit and one map of a side of its own."""
+  """Returns one logit everywhere, and one map of a given side."""
 
   logit: float
   side: int = 8
@@ -75,13 +76,13 @@ def test_by_hand_on_two_sure_members():
 
 
 @pytest.mark.parametrize("logit", [-1e4, 1e4])
-def test_members_that_are_all_certain_keep_a_finite_logit(logit):
+def test_a_unanimous_ensemble_keeps_a_finite_logit(logit):
   out = run([Constant(logit), Constant(logit)])
   assert np.isfinite(out["logits"]).all()
   assert (np.sign(out["logits"]) == np.sign(logit)).all()
 
 
-def test_grids_of_other_sizes_are_brought_to_the_first_ones():
+def test_maps_are_resized_to_those_of_the_first_member():
   out = run([Constant(1.0, side=8), Constant(2.0, side=4)])
   assert out["low"].shape == (2, 8, 8, 2)
   np.testing.assert_allclose(out["low"][..., 1], 2.0, rtol=1e-6)
@@ -92,7 +93,7 @@ def test_a_tap_that_one_member_lacks_is_left_out():
   assert set(out) == {"logits"}
 
 
-def test_what_a_frozen_encoder_made_goes_to_its_member():
+def test_encoder_features_go_to_the_member_they_are_of():
   out = run(
     [Constant(1.0), Constant(2.0)],
     encoder_features={"members_1": {"logit": -3.0}},
@@ -101,6 +102,6 @@ def test_what_a_frozen_encoder_made_goes_to_its_member():
   np.testing.assert_allclose(out["low"][..., 1], -3.0)
 
 
-def test_it_is_not_to_be_trained():
+def test_training_is_refused():
   with pytest.raises(ValueError, match="train its members"):
     run([Constant(1.0)], train=True)
