@@ -1,4 +1,4 @@
-"""The smallest networks that keep the contract, and drawn data for them."""
+"""The smallest networks that keep the contract, and synthetic data for them."""
 
 import contextlib
 from typing import Any
@@ -9,6 +9,7 @@ from jax.experimental.compilation_cache import compilation_cache
 import jax.numpy as jnp
 import numpy as np
 
+from kdseg import networks
 from kdseg.distill import layers as layers_lib
 
 SIDE = 32
@@ -42,12 +43,12 @@ class Encoder(nn.Module):
     return maps
 
 
-def _enlarge(x, times):
+def _upsample(x, times):
   return jnp.repeat(jnp.repeat(x, times, 1), times, 2)
 
 
 class Network(nn.Module):
-  """A cell's colours decide; compiles in a moment."""
+  """Classifies each cell by its colours; compiles in a moment."""
 
   channels: int = 3
   dtype: Any = jnp.float32
@@ -59,10 +60,10 @@ class Network(nn.Module):
       self.channels, self.dtype, self.axis_name, name="encoder"
     )(image, train)
     cells = jnp.concatenate(
-      [_enlarge(x, times) for times, x in ((1, low), (2, high), (4, s16))], -1
+      [_upsample(x, times) for times, x in ((1, low), (2, high), (4, s16))], -1
     )
     cells = nn.Dense(1, dtype=self.dtype, name="head")(cells)
-    logits = _enlarge(cells, 4)[..., 0]
+    logits = _upsample(cells, 4)[..., 0]
     return {
       "logits": logits.astype(jnp.float32),
       "low": low,
@@ -109,7 +110,6 @@ def compile_once(directory):
 def make_distiller(method, *, student=3, teacher=5):
   """The distiller between two `Network`s, and its first parameters."""
   order = {"low": 0, "high": 1, "s16": 2}
-  strides = {"low": 4, "high": 8, "s16": 16}
   module = layers_lib.Distiller(
     taps={tap: teacher + order[tap] for tap in method.taps},
     heads=method.generator_heads,
@@ -118,7 +118,7 @@ def make_distiller(method, *, student=3, teacher=5):
     share_generators=method.share_generators,
     topology=method.topology,
   )
-  sides = {tap: SIDE // strides[tap] for tap in method.taps}
+  sides = {tap: SIDE // networks.STRIDES[tap] for tap in method.taps}
   features = {
     tap: jnp.zeros((1, side, side, student + order[tap]))
     for tap, side in sides.items()

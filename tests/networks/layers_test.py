@@ -345,20 +345,20 @@ class BlockTest(chex.TestCase):
     added = x.mean((1, 2)) @ kernel + bias
     np.testing.assert_allclose(y, x + added[:, None, None], atol=1e-5)
 
-  def test_pixel_head_corrects_the_enlarged_logit_pixel_by_pixel(self):
+  def test_pixel_head_corrects_the_upsampled_logit_pixel_by_pixel(self):
     x = normal(2, 3, 3, 5)
     head = layers.PixelHead(4)
     params = head.init(jax.random.key(0), x)["params"]
     y = head.apply({"params": params}, x)
     chex.assert_shape(y, (2, 12, 12))
     cell = x @ np.asarray(params["cell"]["kernel"])[0, 0]
-    enlarged = layers.upsample(jnp.asarray(cell), 4)[..., 0]
+    upsampled = layers.upsample(jnp.asarray(cell), 4)[..., 0]
     pixels = x @ np.asarray(params["pixels"]["kernel"])[0, 0]
     for i in range(12):
       for j in range(12):
         own = pixels[:, i // 4, j // 4, 4 * (i % 4) + j % 4]
         np.testing.assert_allclose(
-          y[:, i, j], enlarged[:, i, j] + own, atol=1e-4
+          y[:, i, j], upsampled[:, i, j] + own, atol=1e-4
         )
 
   def test_pixel_head_is_float32_whatever_it_computes_in(self):

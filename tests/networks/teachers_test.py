@@ -146,7 +146,7 @@ class TestEveryTeacher:
 
 
 class TestUNetPlusPlus:
-  def test_node_is_a_1x1_convolution_over_all_maps_enlarged(self):
+  def test_node_is_a_1x1_convolution_over_all_maps_upsampled(self):
     draw = np.random.default_rng(2)
     beside = [
       jnp.asarray(draw.normal(size=(1, 4, 6, c)), jnp.float32) for c in (3, 2)

@@ -129,7 +129,7 @@ def start_brief(folder, data_dir):
 
 @pytest.fixture(scope="module")
 def brief(tmp_path_factory):
-  """(the folder of two hosts that nobody stopped, the data)."""
+  """(the folder of two hosts that ran to the end, the data)."""
   folder = tmp_path_factory.mktemp("brief")
   for process in start_brief(folder, folder / "data"):
     code, out = end(process)
@@ -137,8 +137,8 @@ def brief(tmp_path_factory):
   return folder, folder / "data"
 
 
-# The other two learn from answers kept in 16 bits, by batches of 8 here and of
-# 4 there: a last bit that differs, and 30 steps later nothing is the same.
+# The other two learn from stored outputs in 16 bits, of batches of 8 here and
+# of 4 there: they differ in the last bit, and 30 steps later in all.
 EXACT = ("teacher_unet", "patch_unet-none-seed0")
 
 
@@ -166,7 +166,7 @@ def test_two_hosts_train_the_weights_of_one_process(runs, network):
 
 
 @long
-def test_two_hosts_begin_alike_with_answers_that_are_kept(runs):
+def test_two_hosts_start_with_the_same_loss_on_stored_teacher_outputs(runs):
   one, folder, _ = runs
   ours, theirs = (losses_of(w, "teacher_vit") for w in (folder / "host0", one))
   assert len(ours) == len(theirs)
@@ -207,7 +207,7 @@ def test_one_host_writes(runs):
     for path in (folder / "host1").rglob("*")
     if path.is_file()
   }
-  # What its frozen networks answered, which no other reads.
+  # The outputs of its frozen networks, which no other host reads.
   assert written == {"cache"}
 
 
@@ -319,6 +319,6 @@ def test_on_one_host_nothing_is_exchanged():
   assert hosts.gather({"a": 1}) == [{"a": 1}]
   x = np.arange(3)
   assert hosts.arrays_of_first(lambda: {"x": x})["x"] is x
-  answers = iter([False, True])
-  ask = hosts.share_question(lambda: next(answers))
+  values = iter([False, True])
+  ask = hosts.share_question(lambda: next(values))
   assert [ask(), ask()] == [False, True]

@@ -74,17 +74,16 @@ class Block(nn.Module):
 class ViT(nn.Module):
   """Returns the patch grids [B, side/14, side/14, width] after some blocks.
 
-  The blocks before `trained_from` are one half, `begin`, and the others the
-  second, `resume`: what the first half made of an image can be kept, as it
-  never changes.
+  `begin` runs the embeddings and the blocks before `trained_from`, whose output
+  for an image never changes and can be stored; `resume` runs the other blocks.
 
   Attributes:
-    side: the image is resized to this side first, in pixels; a multiple of
-      the patch.
+    side: in pixels, to which the image is resized first; a multiple of
+      `patch`.
     taps: after which blocks (1 to `depth`) a grid is returned.
     trained_from: blocks before this one (0 to `depth`), and the embeddings if
-      it is above 0, receive no gradient; `depth` freezes the whole encoder
-      at no cost of a backward pass.
+      it is above 0, receive no gradient; `depth` freezes the whole encoder,
+      which then needs no backward pass.
   """
 
   side: int = 252
@@ -148,15 +147,15 @@ class ViT(nn.Module):
       self.position, (1, grid, grid, self.width), "cubic", antialias=False
     ).reshape(1, grid * grid, self.width)
     first = self.class_token + self.class_position
-    # Into an empty place, and not repeated over the batch: exported graphs do
-    # not know its size.
+    # Added to a padded token, not repeated over the batch, whose size exported
+    # graphs do not know.
     x = jnp.pad(x, ((0, 0), (1, 0), (0, 0)))
     x = (x + jnp.concatenate([first, position], axis=1)).astype(self.dtype)
     return self._run(x, 0, self._split)
 
   def resume(self, tokens: Array, grids: list[Array]) -> list[Array]:
     """Runs the other blocks on what `begin` returned."""
-    # The last grid may be that of the tokens themselves, so it comes from here.
+    # A tap at the split reads the tokens themselves.
     tokens = tokens.astype(self.dtype)
     first = [self._grid(tokens)] if self._split in self.taps else []
     _, rest = self._run(tokens, self._split, max(self.taps))
@@ -175,7 +174,7 @@ class ViT(nn.Module):
     for i in range(start, end):
       x = getattr(self, f"block_{i}")(x)
       if i < self.trained_from:
-        # After each frozen block, as a tap may read the first of several.
+        # After each frozen block: a tap may read any of them.
         x = jax.lax.stop_gradient(x)
       if i + 1 in self.taps and i + 1 != self._split:
         grids.append(self._grid(x))
@@ -183,7 +182,7 @@ class ViT(nn.Module):
 
 
 def is_frozen(name: str, trained_from: int) -> bool:
-  """Whether the part `name` of a `ViT` ("block_3") is one before that block."""
+  """Returns whether the part `name` of a `ViT` ("block_3") is not trained."""
   if name.startswith("block_"):
     return int(name.removeprefix("block_")) < trained_from
   return trained_from > 0

@@ -1,4 +1,4 @@
-"""ENet: a student of .36 M parameters, the one of EMKD."""
+"""ENet: a student of .36 M parameters, used by EMKD (Qin et al., TMI 2021)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -147,11 +147,11 @@ class ENetEncoder(nn.Module):
 class ENet(nn.Module):
   """ENet (Paszke et al., 2016, arXiv:1606.02147, table 1).
 
-  Differences from the paper: the decoder enlarges bilinearly where it has
-  max-unpooling (main branch) and transposed convolutions (narrow branch, and
-  the last layer, here a 3x3 convolution at stride 2 whose logit is enlarged):
-  their indices don't exist on the edge runtimes; and no dropout by default
-  (.01 in stage 1 and .1 later there).
+  Differences from the paper: the decoder upsamples bilinearly in place of
+  max-unpooling (main branch), whose indices edge runtimes lack, and of
+  transposed convolutions (narrow branch, and the last layer, here a 3x3
+  convolution at stride 2 whose logit is upsampled); no dropout by default (.01
+  in stage 1 and .1 later there).
 
   Attributes:
     drop_rate: of whole channels from stage 2 on, a tenth of it in stage 1;
@@ -174,9 +174,9 @@ class ENet(nn.Module):
 
     Returns:
       logits [B, H, W] float32; low, high (ends of stages 1 and 3, strides 4
-      and 8); s16, the mean-pooled high: the encoder ends at stride 8;
-      decoder_low (end of stage 4); decoder_high, which is high: the decoder
-      starts from it and has no other map of stride 8.
+      and 8); s16, which is high mean-pooled, as the encoder ends at stride 8;
+      decoder_low (end of stage 4); decoder_high, which is high, the decoder's
+      only map of stride 8.
 
     Raises:
       ValueError: if a side is not divisible by 32.

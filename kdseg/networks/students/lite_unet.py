@@ -1,4 +1,4 @@
-"""A pretrained student: the first stages of EfficientNet-Lite0, decoded."""
+"""A pretrained student: a decoder on the first stages of EfficientNet-Lite0."""
 
 from typing import Any
 
@@ -16,14 +16,14 @@ Array = jax.Array
 class LiteUNet(nn.Module):
   """Truncated EfficientNet-Lite0 with a decoder of few channels.
 
-  The decoder climbs to stride 4, adding the encoder's map of each stride
+  The decoder upsamples to stride 4, adding the encoder's map of each stride
   through a 1x1 convolution, and ends as `PatchUNet` does: one logit a cell,
-  enlarged, and a correction of its 16 pixels.
+  upsampled, and a correction of its 16 pixels.
 
   Attributes:
     stages: 3 to 5 of the encoder's stages; .06, .25 or .7 M parameters. With
-      3 the encoder ends at stride 8, and a pooled 3x3 convolution of its own
-      (drawn, not pretrained) makes the map of stride 16.
+      3 the encoder ends at stride 8, and pooling and a 3x3 convolution that is
+      not pretrained make the map of stride 16.
     features: channels of the decoder.
     drop_rate: of the encoder; above 0, training needs `rngs={"dropout": key}`.
     dtype: of the computation; parameters and logits are float32.

@@ -1,9 +1,9 @@
 """A U-Net that starts at a quarter of the resolution: the smallest students.
 
 The cost of a segmentation network lies where its maps are large, in training
-and on a phone. This one folds each 4x4 square of pixels into channels first
-and never convolves at full size, so that a training step of 8 images of
-256 x 256 takes some 50 ms on two cores.
+and on a phone. This one moves each 4x4 square of pixels into channels first
+and never convolves at full size, so that a training step on 8 images of
+256 x 256 takes about 50 ms on two cores.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ Array = jax.Array
 
 
 class PatchEncoder(nn.Module):
-  """Patches, then one stage a stride: {4: x, 8: x, 16: x, 32: x}."""
+  """Returns one map a stride of 4, 8, 16 and 32 (with a block of 4)."""
 
   block: int
   widths: Sequence[int]
@@ -53,16 +53,16 @@ class PatchEncoder(nn.Module):
 class PatchUNet(nn.Module):
   """A U-Net over `block` x `block` patches.
 
-  The encoder halves the map after each stage and the decoder climbs back,
-  adding the encoder's map of the same stride, to the stride of the patches.
-  The head writes one logit a cell, enlarged bilinearly, and corrects its
-  pixels by a linear map to block * block values a cell.
+  The encoder halves the map after each stage; the decoder upsamples it to the
+  stride of the patches, adding the encoder's map of each stride. The head
+  computes one logit a cell, upsampled bilinearly, and a linear correction of
+  the cell's block * block pixels.
 
   Attributes:
     block: side of a patch in pixels; with 4, strides are 4, 8, 16, 32.
     widths: channels of each stage; at least three.
-    depths: 3x3 convolutions of each stage; from the second on, residual.
-    context: add the projected mean of the deepest map to each of its cells.
+    depths: 3x3 convolutions of each stage, residual from the second on.
+    context: whether to add the projected mean of the deepest map to its cells.
     dtype: of the computation; parameters and logits are float32.
     axis_name: mapped axis over which BatchNorm shares its statistics.
   """

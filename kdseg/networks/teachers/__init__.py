@@ -1,1 +1,1 @@
-"""Networks to be learned from."""
+"""Teachers: large networks that students are distilled from."""

@@ -35,7 +35,7 @@ class SeparableBlock(nn.Module):
 
 
 class AtrousPyramid(nn.Module):
-  """Atrous spatial pyramid pooling: one map seen at several scales at once.
+  """Atrous spatial pyramid pooling: one map filtered at several dilations.
 
   The branch of the whole image has a bias and no BatchNorm: it has one value a
   channel and image, too few for statistics in a small batch.
@@ -48,8 +48,8 @@ class AtrousPyramid(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    # Narrowed once for all dilated branches, whose depthwise halves would
-    # otherwise work on the encoder's several hundred channels.
+    # The dilated branches start from this narrow map, not from the encoder's
+    # several hundred channels.
     point = layers.ConvBlock(
       self.features, self.norm, 1, dtype=self.dtype, name="point"
     )(x)
@@ -114,8 +114,8 @@ class DeepLabV3Plus(nn.Module):
 
     Returns:
       logits [B, H, W] float32; low, high, s16 (encoder, strides 4, 8, 16);
-      decoder_low (stride 4) and decoder_high, the pyramid's output on its way
-      up (stride 8).
+      decoder_low (stride 4) and decoder_high, the pyramid's output upsampled
+      to stride 8.
 
     Raises:
       ValueError: on another output stride, or a side not divisible by 32.

@@ -1,4 +1,4 @@
-"""Several teachers as one: mean probability, features side by side."""
+"""Several teachers as one: mean probability, concatenated features."""
 
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ class Ensemble(nn.Module):
   """Runs its members on the same image.
 
   The logits are those of the members' mean probability; each tap is the
-  members' taps one after the other, along the channels.
+  members' taps, concatenated along the channels.
   """
 
   members: Sequence[nn.Module]
@@ -34,9 +34,9 @@ class Ensemble(nn.Module):
 
     Args:
       image: float RGB in [0, 1].
-      train: must be false: members are trained by themselves.
-      encoder_features: by member ("members_0", ...), what its frozen encoder
-        returned.
+      train: must be false: members are trained one by one.
+      encoder_features: of the members that have frozen blocks, by their name
+        ("members_0", ...).
 
     Raises:
       ValueError: if `train` is true.

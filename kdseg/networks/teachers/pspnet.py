@@ -16,7 +16,7 @@ Array = jax.Array
 
 
 def _bin_weights(size: int, bins: int) -> np.ndarray:
-  """[bins, size]: bin i averages floor(i s / b) up to ceil((i + 1) s / b)."""
+  """Returns [bins, size]; bin i averages floor(i s/b) to ceil((i + 1) s/b)."""
   cell = np.arange(size)
   index = np.arange(bins)[:, None]
   inside = cell >= index * size // bins
@@ -27,8 +27,8 @@ def _bin_weights(size: int, bins: int) -> np.ndarray:
 def adaptive_mean_pool(x: Array, bins: int) -> Array:
   """Averages `x` [B, H, W, C] over a grid of bins: [B, bins, bins, C].
 
-  Sides need not be divisible by `bins`: neighbouring bins then share a row or
-  a column, as PyTorch's `adaptive_avg_pool2d` has it.
+  Where `bins` does not divide a side, neighbouring bins share a row or a
+  column, as in PyTorch's `adaptive_avg_pool2d`.
   """
   rows = jnp.asarray(_bin_weights(x.shape[1], bins), x.dtype)
   columns = jnp.asarray(_bin_weights(x.shape[2], bins), x.dtype)
@@ -61,9 +61,9 @@ class PSPNet(nn.Module):
   """PSPNet (Zhao et al., CVPR 2017), a teacher of EMKD (Qin et al., TMI 2021).
 
   Differences from the paper: pyramid at stride 16 in place of 8 (a quarter of
-  the cost); and where the paper enlarges its logits eightfold at once, the map
-  climbs to stride 4 in two steps, adding the encoder's maps (as in UPerNet,
-  Xiao et al., ECCV 2018), because a lesion's edge is lost otherwise.
+  the cost); and in place of upsampling the logits eightfold at once, the map is
+  upsampled to stride 4 in two steps, adding the encoder's maps (as in UPerNet,
+  Xiao et al., ECCV 2018), without which a lesion's edge is lost.
 
   Attributes:
     encoder_variant: "lite0" or "lite2".

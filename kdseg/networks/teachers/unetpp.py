@@ -16,11 +16,11 @@ Array = jax.Array
 
 
 class Node(nn.Module):
-  """x^{i,j}: mixes the maps beside it with the one below, then looks around.
+  """x^{i,j}: 1x1 convolution of the maps beside it and below, then a 3x3 one.
 
-  A 1x1 convolution over the concatenation, written as the sum of its two
-  halves: the half that acts on the map below runs before the enlargement,
-  which it commutes with, on a quarter of the cells.
+  The 1x1 convolution of the concatenation is written as the sum of its two
+  halves: the half for the map below commutes with the upsampling, and runs
+  before it on a quarter of the cells.
   """
 
   features: int
@@ -44,10 +44,10 @@ class UNetPlusPlus(nn.Module):
   """U-Net++ (Zhou et al., DLMIA 2018 and IEEE TMI 2020, eq. 1).
 
   x^{i,0} are the encoder's maps at strides 2 to 32; x^{i,j} joins all of
-  x^{i,0} ... x^{i,j-1} with the enlarged x^{i+1,j-1}. Differences from the
+  x^{i,0} ... x^{i,j-1} with the upsampled x^{i+1,j-1}. Differences from the
   paper: a pretrained encoder; nodes of a 1x1 and a 3x3 convolution in place of
-  two 3x3; bilinear enlargement; the row of full size left out, the logits of
-  stride 2 being enlarged.
+  two 3x3; bilinear upsampling; no row of full size, but the logits of stride 2
+  upsampled.
 
   Attributes:
     encoder_variant: "lite0" or "lite2".

@@ -16,7 +16,7 @@ Array = jax.Array
 
 
 class ImageBranch(nn.Module):
-  """Three strided stages that see what a 14-pixel patch averages away."""
+  """Three strided stages for details smaller than a patch of 14 pixels."""
 
   widths: tuple[int, int, int]
   norm: Any
@@ -40,18 +40,18 @@ class ImageBranch(nn.Module):
 
 
 class ViTUNet(nn.Module):
-  """Patch grids for what it is, an image branch for where its edge runs.
+  """A ViT's patch grids recognise the lesion, an image branch places its edge.
 
-  The grids of some transformer blocks are projected, brought to stride 8 and
-  decoded with the features of an image branch at strides 8, 4 and 2. Blocks
-  that are left frozen can be computed once; see `encode`.
+  The grids after some transformer blocks are projected, resized to stride 8 and
+  decoded together with an image branch's features at strides 8, 4 and 2. The
+  output of frozen blocks can be stored, see `encode`.
 
   Attributes:
     side: of the image as the transformer sees it, in pixels.
-    taps: the blocks whose grids are read.
+    taps: the blocks after which grids are read.
     trained_from: first transformer block to be trained; 12 trains none.
-    branch: "conv" (from scratch), or "lite0" / "lite2", an EfficientNet-Lite
-      with ImageNet weights, as the image branch.
+    branch: the image branch, "conv" (not pretrained), or "lite0" / "lite2", an
+      EfficientNet-Lite with ImageNet weights.
     widths: of the decoder at strides 8, 4 and 2.
     dropout: share of the projected grids' channels dropped in training, if a
       "dropout" key is given.
@@ -89,15 +89,15 @@ class ViTUNet(nn.Module):
       yield lite, ("decoder", "encoder")
 
   def encode(self, image: Array) -> dict[str, Array]:
-    """Returns what the frozen blocks make of `image`, to be computed once.
+    """Returns the output of the frozen blocks, which can be stored.
 
     Args:
       image: [B, H, W, 3] float in [0, 1].
 
     Returns:
-      "grids" [B, side/14, side/14, C], the frozen taps side by side; and, if
-      any block is trained, "tokens" [B, 1 + (side/14)^2, 384], what the first
-      of these reads.
+      "grids" [B, side/14, side/14, C], the frozen taps concatenated; and, if
+      any block is trained, "tokens" [B, 1 + (side/14)^2, 384], the input of
+      the first of these.
     """
     tokens, grids = self.encoder.begin(image)
     if self.trained_from >= max(self.taps):
@@ -108,9 +108,9 @@ class ViTUNet(nn.Module):
     return encoder_features
 
   def is_frozen(self, path: tuple[str, ...]) -> bool:
-    """Whether the parameter at `path` is one of a block before `trained_from`.
+    """Returns whether the parameter at `path` is before `trained_from`.
 
-    Its gradient is 0, but decay of the weights would move it all the same.
+    Its gradient is 0, but weight decay would move it.
     """
     return path[0] == "encoder" and vit.is_frozen(path[1], self.trained_from)
 
@@ -124,9 +124,11 @@ class ViTUNet(nn.Module):
 
     Args:
       image: float RGB in [0, 1], sides divisible by 32.
-      train: whether statistics of the batch are used, and dropout.
-      encoder_features: what `encode` returned for these images; None to run
-        it here.
+      train: whether to use the batch's statistics, and dropout.
+      encoder_features: of these images, from `encode`; None runs it here.
+
+    Raises:
+      ValueError: if a side is not divisible by 32.
     """
     layers.require_divisible(image, 32)
     if encoder_features is None:
@@ -164,7 +166,7 @@ class Decoder(nn.Module):
         image
       )
     else:
-      # Named "encoder": pretrained parts share a learning-rate scale.
+      # Named "encoder": all pretrained parts have one learning-rate scale.
       local = efficientnet_lite.EfficientNetLite(
         variant=self.branch,
         dtype=self.dtype,
