@@ -1,7 +1,7 @@
-"""What distillation trains beside the student, and drops after it.
+"""Layers that distillation trains beside the student; the export drops them.
 
 The student's features are aligned with the teacher's (grid and channels), and
-small generators restore what `losses.features` hides; the receptive tokens of
+small generators restore what `losses.masking` hides; the receptive tokens of
 `losses.attention` say which cells to look at. All of it lies in one subtree of
 the parameters, {tap: {"align": ..., "generator_0": ...}}, and none of it is
 part of the exported student.
@@ -36,10 +36,9 @@ def target_channels(
 def project(teacher_feat: Array, channels: int, *, seed: int = 0) -> Array:
   """Projects a wide tap to `channels` along fixed orthonormal directions.
 
-  The directions are random, so that they are the teacher's own no more than
-  the student's, and orthonormal, so that distances are kept up to a factor
-  and no channel counts twice. A tap that has `channels` already comes back as
-  it is.
+  The directions are random, so that they favour neither the teacher nor the
+  student, and orthonormal, so that distances are kept up to a factor and no
+  channel counts twice. A tap that already has `channels` is returned unchanged.
 
   Args:
     teacher_feat: [B, h, w, C].
@@ -70,7 +69,7 @@ def project(teacher_feat: Array, channels: int, *, seed: int = 0) -> Array:
 
 
 def matched_width(channels: int, heads: int) -> int:
-  """Returns the width of one "c3rc3" generator that weighs as much as `heads`.
+  """Returns the width of one "c3rc3" generator with as many weights as `heads`.
 
   A generator of width w has w (18 C + 1) + C parameters; `heads` of width C
   have heads (18 C^2 + 2 C). For the control "a cascade, or just capacity".
@@ -142,10 +141,11 @@ class Generator(nn.Module):
 
 
 class TapHeads(nn.Module):
-  """The parameters of one tap: alignment, generators, way from deeper, tokens.
+  """The parameters of one tap: alignment, generators, carry, tokens, probe.
 
-  The tokens are vectors of the teacher's channels, and the probe tells from
-  what they leave of its features where the lesion is.
+  `carry` takes the output of the deeper tap's head to this tap. The tokens are
+  vectors of the teacher's channels; the probe predicts the lesion from the
+  teacher's features under their masks.
   """
 
   channels: int
@@ -238,9 +238,9 @@ class Distiller(nn.Module):
     return generators[0 if len(generators) == 1 else head](x)
 
   def carry(self, tap: str, x: Array, height: int, width: int) -> Array:
-    """Brings what the deeper tap's head made to the grid and channels of `tap`.
+    """Maps the output of the deeper tap's head to the shape of `tap`.
 
-    Only a "multiscale" topology has this, and not for its first tap.
+    Exists in a "multiscale" topology alone, for all taps but the first.
     """
     return self._tap(tap).carry(x, height, width)
 
@@ -255,7 +255,7 @@ class Distiller(nn.Module):
   def __call__(
     self, features: Mapping[str, Array], grids: Mapping[str, tuple[int, int]]
   ) -> dict[str, Array]:
-    """Runs everything once, which is what initialises it.
+    """Runs every layer once, to initialise its parameters.
 
     Args:
       features: {tap: the student's [B, h, w, c]}.

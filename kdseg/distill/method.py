@@ -1,4 +1,4 @@
-"""How a student is taught: which terms, and every switch that has a name."""
+"""How a student is distilled: its terms, and the switches of a config."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -16,7 +16,7 @@ from kdseg.runtime import names as names_lib
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-  """How a student is taught: every switch of the reconstruction, with names.
+  """How a student is distilled: every switch of the reconstruction.
 
   The defaults are the literal reading of the paper's abstract (see README,
   "What is reconstructed"); lengths are pixels of a 256 x 256 image and scale

@@ -1,4 +1,4 @@
-"""What a term of the distillation loss is: a function, and facts about it."""
+"""The record of a distillation term: its function, and what it needs."""
 
 from collections.abc import Callable
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ Trained = Literal["generator", "generators", "tokens", "probe"]
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-  """What a term's function is given: one device's batch, and the switches.
+  """The arguments of a term's function: one device's batch, and the switches.
 
   Attributes:
     out: named outputs of the student, as the network makes them.
@@ -37,7 +37,7 @@ class Inputs:
     student: {tap: the student's features as the term compares them}; see
       `Term.compares`.
     labels: [B, H, W] in {0, 1}, after augmentation.
-    rng: [B], one key an image; what a term draws depends on nothing else.
+    rng: [B], one key an image, the only source of a term's random draws.
     method: the switches.
     layers: `layers.Distiller.apply` with its parameters bound, called as
       `layers(tap, ..., method="generate")`; None where no term aligns features.
@@ -65,7 +65,7 @@ class Inputs:
   def layer(self, kind: str, *arguments: Any) -> Callable[..., Array]:
     """Returns a layer that is trained along; see `layers.Distiller`."""
     if self.layers is None:
-      raise ValueError(f"the method trains no {kind} along")
+      raise ValueError(f"no term of the method has layers: no {kind!r}")
     return functools.partial(self.layers, *arguments, method=kind)
 
   @functools.cached_property
@@ -92,10 +92,10 @@ class Inputs:
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-  """One term: what it computes, and all that the rest of the code asks of it.
+  """One term: its function, and the facts that the rest of the code needs.
 
   Attributes:
-    name: in configs, and in the log, where a tap may follow.
+    name: in configs and in the log, there followed by a tap if `per_tap`.
     loss: (inputs, tap) -> [B], one value an image, or one [B] for each of
       `parts`; called for every tap of the method where the term is `per_tap`,
       once with the tap "" otherwise.
@@ -103,20 +103,19 @@ class Term:
       none; "features", on the teacher's grid; "aligned features", with the
       teacher's channels too, by a 1x1 convolution that is trained along;
       "outputs", as they are.
-    per_tap: whether each tap is a value of its own: measured, balanced and
-      logged apart.
-    weight: the published one, where features are averaged; 1 where the source
-      weighs its parts inside of the term, or where the term is calibrated.
+    per_tap: whether each tap gives a value, which is balanced and logged apart.
+    weight: the published one, converted to a mean over the map; 1 where the
+      source weighs its parts inside of the term, or where it is calibrated.
     calibrated: whether the weight is relative to the segmentation loss, for
       terms without a published weight that fits a mean over the map; see
       `Method.balance`. Otherwise it is taken as it is.
     labels: whether it reads the labels.
     trains: layers trained along, besides the alignment: "generator", one a tap;
       "generators", one a head, see `Method.topology`; "tokens", "probe".
-    parts: what is logged apart; "" bears the term's name.
-    taps: those that its source compares, of ours.
+    parts: suffixes of the values that are logged apart; "" for the main one.
+    taps: our names of the features that its source compares.
     source: authors, venue, year.
-    is_rival: whether it is a published rival of this reconstruction.
+    is_rival: whether a comparison holds the reconstruction against it.
   """
 
   name: str
@@ -133,7 +132,7 @@ class Term:
   is_rival: bool = True
 
   def taps_of(self, method: Method) -> tuple[str, ...]:
-    """Returns the taps that `loss` is called for; ("",) for once."""
+    """Returns the taps that `loss` is called for; ("",) for one call."""
     # The heads of a multiscale topology run from tap to tap.
     across = method.topology == "multiscale" and "generators" in self.trains
     return method.taps if self.per_tap and not across else ("",)

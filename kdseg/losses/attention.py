@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from kdseg.losses import grids
+from kdseg.losses import masking
 from kdseg.losses import reduce
 from kdseg.losses import segmentation
 
@@ -17,10 +18,7 @@ Array = jax.Array
 
 
 def _both(student_feat: Array, teacher_feat: Array) -> tuple[Array, Array]:
-  chex.assert_rank(student_feat, 4, exception_type=ValueError)
-  chex.assert_equal_shape(
-    [student_feat, teacher_feat], exception_type=ValueError
-  )
+  masking.check_features(student_feat, teacher_feat)
   return (
     student_feat.astype(jnp.float32),
     jax.lax.stop_gradient(teacher_feat).astype(jnp.float32),

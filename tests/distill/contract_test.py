@@ -152,7 +152,7 @@ def target(loss, mask, logit=6.0):
 
 class EveryLossOnLogitsTest(chex.TestCase):
   @parameterized.named_parameters(*LOSSES)
-  def test_one_value_per_image_whoever_is_beside_it(self, loss):
+  def test_one_value_per_image_whatever_images_are_beside_it(self, loss):
     logits, labels = _logits(), target(loss, _masks())
     whole, _ = compiled(loss)(logits, labels)
     chex.assert_shape(whole, (3,))
@@ -264,7 +264,7 @@ class EveryLossOnFeaturesTest(chex.TestCase):
     assert np.ptp(value) > 1e-5
 
   @parameterized.named_parameters(*ALONE)
-  def test_an_image_has_its_value_whoever_is_beside_it(self, loss):
+  def test_an_image_has_its_value_whatever_images_are_beside_it(self, loss):
     labels = _labels()
     whole, _ = compiled(loss)(STUDENT, TEACHER, labels)
     one = jax.jit(loss)(STUDENT[1:2], TEACHER[1:2], labels[1:2])

@@ -15,7 +15,7 @@ OF_LOGITS = {"kd", "cwd", "dist", "bpkd", "ultralbm"}
 NAMES = tuple(term.name for term in terms_lib.TERMS)
 
 
-def test_a_misspelt_switch_is_answered_with_the_nearest():
+def test_a_misspelt_switch_is_refused_with_the_nearest():
   with pytest.raises(
     ValueError, match=r'"mask_ration".*did you mean "mask_rat'
   ):

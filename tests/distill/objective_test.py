@@ -28,7 +28,7 @@ def test_the_task_is_the_weighted_sum_of_batch_means():
 
 
 @pytest.mark.parametrize("weights", [{}, {"bce": 1.0, "jaccard": 1.0}])
-def test_an_unknown_or_missing_task_is_answered_with_the_known(weights):
+def test_an_unknown_or_missing_task_is_refused_with_the_known(weights):
   with pytest.raises(ValueError, match=r"bce.*dice.*focal"):
     objective.segmentation_loss(jnp.zeros((1, 2, 2)), jnp.zeros((1, 2, 2)),
                                 weights)  # fmt: skip

@@ -179,7 +179,7 @@ def test_hiding_nothing_before_no_generator_is_fitnet():
     )
 
 
-def test_shuffled_answers_are_those_for_another_image():
+def test_shuffled_teacher_outputs_are_those_for_another_image():
   _, teacher_out, _ = make_outputs()
   method = make_method("kd", teacher_out="shuffled")
   other = {name: x[::-1] for name, x in teacher_out.items()}  # of two images
@@ -188,7 +188,7 @@ def test_shuffled_answers_are_those_for_another_image():
   assert distil(make_method("kd"))["kd"] != expected
 
 
-def test_a_lone_image_has_no_other_to_take_the_answers_of():
+def test_a_lone_image_has_no_other_to_take_the_outputs_of():
   out, teacher_out, labels = (
     jax.tree.map(lambda x: x[:1], t) for t in make_outputs()
   )
@@ -312,7 +312,7 @@ def test_the_tokens_learn_from_their_fit_and_the_student_from_the_distance():
   assert not by_params["low"]["align"]["conv"]["kernel"].any()
 
 
-def test_a_term_that_is_not_asked_for_is_not_computed():
+def test_a_term_that_the_method_lacks_is_not_computed():
   out, teacher_out, labels = make_outputs()
 
   def unwanted(*arguments, **options):

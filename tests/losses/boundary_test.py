@@ -241,7 +241,7 @@ class RegionTest(chex.TestCase):
     np.testing.assert_array_equal(self._region("all"), 1)
     np.testing.assert_array_equal(self._region("none"), 0)
 
-  def test_what_a_region_needs_is_asked_for(self):
+  def test_a_region_without_what_it_needs_is_refused(self):
     for name, missing in (
       ("teacher_band", "teacher_logits"),
       ("teacher_uncertain", "teacher_logits"),

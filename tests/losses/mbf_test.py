@@ -167,7 +167,7 @@ class EveryCascadeTest(chex.TestCase):
     assert np.max(np.abs(student)) > 1e-3
 
   @parameterized.named_parameters(*_cascades())
-  def test_one_value_per_image_whoever_is_beside_it(self, loss):
+  def test_one_value_per_image_whatever_images_are_beside_it(self, loss):
     value = loss(STUDENT, TEACHER, KEY)
     chex.assert_shape(value, (2,))
     chex.assert_type(value, jnp.float32)
