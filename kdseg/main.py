@@ -84,6 +84,7 @@ def main(argv: Sequence[str]) -> None:
   """
   if len(argv) > 1:
     raise app.UsageError(f"what is {argv[1]!r}? Flags only.")
+  workdir = _WORKDIR.value or ""  # never: the flag is required
   _show_progress()
   memory.keep_freed()
   try:
@@ -98,13 +99,13 @@ def main(argv: Sequence[str]) -> None:
         # One host speaks; the others only of what is wrong.
         logging.getLogger("kdseg").setLevel(logging.WARNING)
     if _PLAN.value:
-      items = estimate.estimate(_CONFIG.value, _WORKDIR.value)
+      items = estimate.estimate(_CONFIG.value, workdir)
       print(estimate.format_items(items))
       return
     with preemption.on_signals() as stop:
-      worked = run.run(_CONFIG.value, _WORKDIR.value, stop=stop)
+      worked = run.run(_CONFIG.value, workdir, stop=stop)
     if not worked:
-      print(f"{_WORKDIR.value} is finished: nothing was changed.")
+      print(f"{workdir} is finished: nothing was changed.")
   except preemption.StoppedError as error:
     print(f"kdseg: {error}", file=sys.stderr)
     sys.exit(preemption.EXIT_CODE)
@@ -115,7 +116,7 @@ def main(argv: Sequence[str]) -> None:
     hosts.end(error)
 
 
-def _parse(arguments: Sequence[str]) -> list[str]:
+def _parse(arguments: list[str]) -> list[str]:
   """Parses the flags; ends with exit code 1 on a key that a config lacks."""
   try:
     return app.parse_flags_with_usage(arguments)

@@ -27,8 +27,8 @@ LINES = 350
 LINES_OF_A_FORMAT = 450
 LINES_OF_A_FUNCTION = 60
 PARAMETERS = 8
-# What is larger, and why.
-LARGER = {}
+# What is larger, by its name and unit as `too_large` returns it, and why.
+LARGER: dict[str, str] = {}
 # What may come at the core: neither flax, nor configs, nor files.
 PURE = {
   "chex",
