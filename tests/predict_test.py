@@ -1,7 +1,6 @@
 import csv
 import os
 import pathlib
-import subprocess
 import sys
 
 import numpy as np
@@ -102,7 +101,7 @@ def test_ctrl_c_keeps_the_rows_of_what_was_done(
   assert "stopped by Ctrl-C" in printed.err
 
 
-def test_a_threshold_of_ones_own(model, images, tmp_path):
+def test_a_given_threshold_replaces_the_models(model, images, tmp_path):
   with Image.open(images / "a.png") as image:
     probability = models.load(model).predict(np.asarray(image))
   shares = []
@@ -121,7 +120,7 @@ def test_a_threshold_of_ones_own(model, images, tmp_path):
 
 
 @pytest.mark.parametrize("threshold", ["0", "1", "-1", "nan"])
-def test_a_threshold_that_means_nothing_is_refused(
+def test_a_threshold_outside_0_to_1_is_refused(
   model, images, tmp_path, threshold
 ):
   with pytest.raises(SystemExit) as stop:
@@ -130,14 +129,14 @@ def test_a_threshold_that_means_nothing_is_refused(
   assert not (tmp_path / "out").exists()
 
 
-def test_a_model_that_is_none_is_one_line(images, tmp_path, capsys):
+def test_an_unknown_model_is_one_line_of_error(images, tmp_path, capsys):
   code, _ = run("no-such-model", images, out=tmp_path / "out")
   assert code == 2
   assert "no shipped model" in capsys.readouterr().err
   assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(
+def test_a_folder_that_cannot_be_written_is_one_line_of_error(
   model, images, tmp_path, capsys
 ):
   (tmp_path / "out").write_text("a file")
@@ -156,7 +155,7 @@ def test_a_name_that_a_spreadsheet_would_run_is_kept_as_text(
   assert row["file"] == f"'{name}"
 
 
-def test_a_name_that_is_no_text_stops_no_other(model, tmp_path):
+def test_a_file_name_that_is_not_unicode_stops_no_other(model, tmp_path):
   for name in (b"l\xe4sion.png", b"z.png"):
     path = os.path.join(os.fsencode(tmp_path), name)
     with open(path, "wb") as file:
@@ -176,7 +175,7 @@ def test_a_mask_of_an_earlier_run_does_not_pass_for_this_ones(
   assert not list((tmp_path / "out").glob("*/a.png"))
 
 
-def test_files_of_somebody_else_are_neither_replaced_nor_deleted(
+def test_files_of_something_else_are_neither_replaced_nor_deleted(
   model, images, tmp_path, capsys
 ):
   (tmp_path / "masks").mkdir()
@@ -210,23 +209,20 @@ def test_a_run_resumes_in_the_folder_of_one_that_was_killed(
   assert run(model, images / "a.png", out=out)[0] == 0
 
 
-def test_that_nobody_listens_any_more_stops_nothing(model, images, tmp_path):
-  command = [sys.executable, "-m", "kdseg.predict", str(model), str(images)]
+def test_a_reader_of_the_output_that_ends_stops_nothing(
+  model, images, tmp_path, monkeypatch
+):
   reader, writer = os.pipe()
   os.close(reader)
-  done = subprocess.run(
-    [*command, "--out", str(tmp_path / "out")],
-    stdout=writer,
-    stderr=subprocess.PIPE,
-    cwd=pathlib.Path(predict.__file__).parents[1],
-    check=False,
-  )
-  os.close(writer)
-  assert done.returncode == 0, done.stderr
-  assert (tmp_path / "out" / "predictions.csv").exists()
+  # Closed at the end without an error: nothing is left in its buffer.
+  with os.fdopen(writer, "w") as stream:
+    monkeypatch.setattr(sys, "stdout", stream)
+    code, rows = run(model, images, images / "more", out=tmp_path / "out")
+  assert code == 0
+  assert len(rows) == 2
 
 
-def test_names_that_differ_in_case_alone_do_not_meet():
+def test_outputs_differ_by_more_than_the_case_of_their_names():
   paths = [pathlib.Path(p) for p in ("a.png", "A.jpg", "x/a_2.png", "a.bmp")]
   assert predict.name_outputs(paths) == [
     "a.png",
@@ -236,7 +232,7 @@ def test_names_that_differ_in_case_alone_do_not_meet():
   ]
 
 
-def test_confidence_is_that_of_the_answer_given():
+def test_confidence_is_the_mean_probability_of_the_predicted_class():
   probability = np.array([[0.9, 0.7], [0.1, 0.3]])
   assert predict.confidence(probability, probability > 0.5) == pytest.approx(
     0.8

@@ -141,7 +141,7 @@ def test_no_file_says_where_its_maker_keeps_the_sources(folder):
     assert b"site-packages" not in path.read_bytes(), path.name
 
 
-def test_a_network_of_somebody_else_is_refused(tmp_path):
+def test_an_onnx_file_of_another_maker_is_refused(tmp_path):
   from onnx import helper
 
   path = tmp_path / "other.onnx"

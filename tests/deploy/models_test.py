@@ -66,7 +66,7 @@ def test_a_mask_is_what_lies_above_the_threshold(tmp_path):
     np.zeros((0, 8, 3), np.uint8),
   ],
 )
-def test_what_is_no_image_is_refused(model, image):
+def test_an_array_that_is_no_image_is_refused(model, image):
   with pytest.raises(ValueError, match="image"):
     model.predict(image)
 
@@ -133,7 +133,7 @@ def test_the_promised_model_is_shipped():
   assert "isic2016-student" in models.shipped()
 
 
-def test_a_name_that_means_nothing_is_answered_with_what_is_shipped():
+def test_an_unknown_name_lists_the_shipped_models():
   with pytest.raises(weights.WeightsError, match="no shipped model; shipped: "):
     models.load("isic2016-studnet")
 

@@ -688,7 +688,7 @@ def test_a_browser_finds_the_mask_that_python_finds(visit):
 
 
 @pytest.mark.slow
-def test_a_file_that_is_no_image_is_named(visit):
+def test_a_browser_names_a_file_that_is_not_an_image(visit):
   said = visit[0]["files"]["notes.jpg"]["problem"]
   assert said.startswith("notes.jpg is not an image that this browser can read")
 

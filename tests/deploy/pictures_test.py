@@ -72,7 +72,7 @@ def test_a_damaged_exif_block_is_named(tmp_path):
     (b"\x89PNG\r\n\x1a\n" + b"\0" * 40, "cannot be decoded"),
   ],
 )
-def test_what_is_no_image_is_named(tmp_path, content, message):
+def test_a_file_that_is_not_an_image_is_named(tmp_path, content, message):
   path = tmp_path / "a.png"
   path.write_bytes(content)
   with pytest.raises(archives.DataError, match=rf"a\.png.*{message}"):
@@ -93,7 +93,7 @@ def test_an_image_of_absurd_size_is_refused_before_it_is_decoded(tmp_path):
     pictures.read(path)
 
 
-def test_pixels_that_are_no_colours_are_refused(tmp_path):
+def test_floating_point_pixels_are_refused(tmp_path):
   path = tmp_path / "a.tif"
   save(path, np.linspace(0, 1, 96, dtype=np.float32).reshape(8, 12))
   with pytest.raises(archives.DataError, match="kind 'F'"):
@@ -101,7 +101,7 @@ def test_pixels_that_are_no_colours_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("value", [70_000, 200, -1])
-def test_32_bits_that_are_no_16_are_refused(tmp_path, value):
+def test_32_bit_pixels_outside_16_bits_are_refused(tmp_path, value):
   path = save(tmp_path / "a.tif", np.full((4, 4), value, np.int32))
   with pytest.raises(archives.DataError, match=str(value)):
     pictures.read(path)
@@ -135,7 +135,7 @@ def test_pictures_that_are_not_read_are_named_and_not_passed_over(tmp_path):
     pictures.read(found[1])
 
 
-def test_what_is_not_there_comes_back_to_be_named(tmp_path):
+def test_a_name_that_matches_nothing_is_returned_as_it_is(tmp_path):
   gone = tmp_path / "gone.png"
   empty = tmp_path / "empty"
   empty.mkdir()
@@ -206,7 +206,7 @@ def test_a_folder_that_may_not_be_listed_is_named(tmp_path, monkeypatch):
     pictures.read(tmp_path)
 
 
-def test_what_steers_a_terminal_is_escaped_in_the_message(tmp_path):
+def test_control_characters_are_escaped_in_the_message(tmp_path):
   path = tmp_path / "\x1b[2J\nok.png"
   path.write_bytes(b"no image")
   with pytest.raises(archives.DataError) as error:

@@ -40,7 +40,7 @@ def test_nothing_half_written_is_left(tmp_path, monkeypatch):
   assert path.read_bytes() == before
 
 
-def test_what_a_reader_needs_cannot_be_left_out(tmp_path):
+def test_saving_refuses_to_leave_out_required_metadata(tmp_path):
   with pytest.raises(ValueError, match="about lacks size"):
     weights.save(
       tmp_path / "a.safetensors",
@@ -50,7 +50,7 @@ def test_what_a_reader_needs_cannot_be_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"no tensors", b"\xff" * 64])
-def test_a_file_that_is_none_is_named(tmp_path, content):
+def test_a_file_that_is_not_safetensors_is_named(tmp_path, content):
   path = tmp_path / "other.safetensors"
   path.write_bytes(content)
   with pytest.raises(weights.WeightsError, match=r"other\.safetensors cannot"):
@@ -64,7 +64,7 @@ def test_a_cut_off_file_is_named(tmp_path):
     weights.load(path)
 
 
-def test_a_file_of_another_program_is_told_from_ours(tmp_path):
+def test_safetensors_of_another_program_are_refused(tmp_path):
   path = tmp_path / "a.safetensors"
   safetensors.numpy.save_file({"x": np.zeros(2)}, path, {"by": "them"})
   with pytest.raises(weights.WeightsError, match="not written by kdseg"):
@@ -99,7 +99,7 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path):
     ({"options": 5}, "options are 5"),
   ],
 )
-def test_what_no_network_can_be_run_with_is_refused(tmp_path, entry, message):
+def test_a_wrong_size_threshold_or_options_is_refused(tmp_path, entry, message):
   path = tiny_model.write(tmp_path / "a.safetensors", **entry)
   with pytest.raises(weights.WeightsError, match=message):
     weights.load(path)
@@ -126,7 +126,7 @@ def workdir(tmp_path):
 
 
 @pytest.mark.parametrize("arm", ["patch_unet-mbf", "teacher_x"])
-def test_a_networks_options_come_from_the_run_it_is_of(workdir, arm):
+def test_options_come_from_the_config_of_the_run(workdir, arm):
   variables, about = weights.read_arm(workdir, arm, 1)
   assert about["options"] == tiny_model.OPTIONS
   assert about["size"] == tiny_model.SIZE
@@ -183,7 +183,7 @@ def test_the_command_says_where_it_cannot_write(workdir, capsys):
   assert capsys.readouterr().err.startswith("kdseg: ")
 
 
-def test_an_arm_that_is_not_there_is_answered_with_those_that_are(workdir):
+def test_a_missing_arm_lists_the_finished_ones(workdir):
   with pytest.raises(
     weights.WeightsError,
     match=r"no finished patch_unet-mbf-seed0; it has patch_unet-mbf-seed1, tea",
