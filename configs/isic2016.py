@@ -136,7 +136,10 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   c.data.batch_size = 8
   c.data.manual_dir = ""
   c.data.data_dir = ""
-  c.data.options = {}
+  c.data.options = {
+    name: {"grey_masks": "error", "lesion": "white"}
+    for name in ("isic2016", "ph2", "folder")
+  }
 
   # A frozen teacher answers for flips and quarter turns, once; so no other
   # geometric augmentation reaches any network of this config.

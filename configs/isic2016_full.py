@@ -51,7 +51,10 @@ def get_config() -> ml_collections.ConfigDict:
   c.data.batch_size = 16
   c.data.manual_dir = ""
   c.data.data_dir = ""
-  c.data.options = {}
+  c.data.options = {
+    name: {"grey_masks": "error", "lesion": "white"}
+    for name in ("isic2016", "ph2", "folder")
+  }
 
   c.augment = ml_collections.ConfigDict()
   c.segmentation = ml_collections.ConfigDict({"bce": 1.0, "dice": 1.0})

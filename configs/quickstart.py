@@ -28,7 +28,8 @@ def get_config() -> ml_collections.ConfigDict:
   c.data.manual_dir = ""
   c.data.data_dir = ""
   c.data.options = {
-    "synthetic": {"train": 256, "validation": 32, "test": 64, "seed": 0}
+    "synthetic": {"train": 256, "validation": 32, "test": 64, "seed": 0},
+    "folder": {"grey_masks": "error", "lesion": "white"},
   }
 
   c.augment = ml_collections.ConfigDict()

@@ -24,6 +24,7 @@ import tiny_model
 
 from kdseg.data import archives
 from kdseg.data import decode
+from kdseg.data import masks
 from kdseg.deploy import pictures
 from kdseg.deploy import weights
 from kdseg.evaluation import metrics
@@ -141,7 +142,7 @@ def test_an_image_and_a_mask_are_decoded_or_refused(small_limit, content):
     assert image.shape[-1] == 3
     decode.keep_or_encode(content, image)
   with lenient(), contextlib.suppress(archives.DataError):
-    mask = decode.decode_mask(content, "here", grey_masks="threshold")
+    mask = masks.decode_mask(content, "here", masks.MaskRule("threshold"))
     assert mask.dtype == bool
     assert mask.ndim == 2
 

@@ -18,6 +18,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from kdseg.data import decode
+from kdseg.data import masks
 from kdseg.data.archives import DataError
 from kdseg.data.archives import File
 from kdseg.data.pairs import Inventory
@@ -74,6 +75,7 @@ class PairBuilder(  # type: ignore[call-arg]  # tfds itself has no types
     *,
     config: str | tfds.core.BuilderConfig | None = None,
     grey_masks: str = "error",
+    lesion: str = "white",
     **kwargs: Any,
   ):
     """Makes the builder; reads no data yet.
@@ -82,13 +84,12 @@ class PairBuilder(  # type: ignore[call-arg]  # tfds itself has no types
       config: as in tfds; leave it out, it follows from the options.
       grey_masks: what to do with a mask that has values other than 0 and 255:
         `"error"`, or `"threshold"` to take it as lesion above 128.
+      lesion: which values are lesion: `"white"`, `"black"`, `"any"` class above
+        0, or the number of one class.
       **kwargs: `data_dir` and `version`, as in tfds.
     """
-    if grey_masks not in decode.GREY_MASKS:
-      raise ValueError(
-        f"grey_masks is {grey_masks!r}, not one of {decode.GREY_MASKS}."
-      )
-    self._grey_masks = grey_masks
+    self.mask_rule = masks.MaskRule(grey_masks, lesion, self.name)
+    self.mask_rule.check()
     if config is None:
       config = self._options_config()
     super().__init__(config=config, **{"file_format": FILE_FORMAT, **kwargs})
@@ -136,7 +137,11 @@ class PairBuilder(  # type: ignore[call-arg]  # tfds itself has no types
     They name the folder of the prepared data, so that data prepared with one
     option is never read under another.
     """
-    return {} if self._grey_masks == "error" else {"grey": self._grey_masks}
+    grey, lesion, _ = self.mask_rule
+    return {
+      **({} if grey == "error" else {"grey": grey}),
+      **({} if lesion == "white" else {"lesion": lesion}),
+    }
 
   def extra_features(self) -> dict[str, Any]:
     """Returns the features beside image, mask and id."""
@@ -213,7 +218,7 @@ class PairBuilder(  # type: ignore[call-arg]  # tfds itself has no types
       pair = dataclasses.replace(
         pair, image=_read_once(pair.image), mask=_read_once(pair.mask)
       )
-      image, mask = decode.decode_pair(pair, grey_masks=self._grey_masks)
+      image, mask = masks.decode_pair(pair, self.mask_rule)
       yield (
         index,
         {

@@ -1,4 +1,4 @@
-"""Decodes images and masks; refuses pixels whose meaning is not certain."""
+"""Decodes images; refuses pixels whose meaning is not certain."""
 
 import io
 import threading
@@ -15,13 +15,10 @@ from kdseg.data.pairs import Pair
 # Twice the largest side of any dermatoscope's camera, squared.
 MAX_PIXELS = 100_000_000
 
-GREY_MASKS = ("error", "threshold")
-
 # The filters of warnings belong to all threads.
 _FILTERS = threading.Lock()
 _ORIENTATION = 0x0112  # of EXIF; 1, and the 0 of careless writers, is upright
 _FORMATS = ("JPEG", "PNG", "BMP", "TIFF")
-_MASK_MODES = frozenset({"1", "L", "P", "RGB", "RGBA", "LA"})
 IMAGE_MODES = frozenset({"RGB", "L", "P", "RGBA", "LA", "CMYK", "YCbCr"})
 
 
@@ -40,83 +37,6 @@ def decode_image(content: bytes, where: str) -> np.ndarray:
       f"{where} has pixels of kind {image.mode!r}; convert it to 8-bit RGB."
     )
   return np.array(image if image.mode == "RGB" else image.convert("RGB"))
-
-
-def decode_mask(
-  content: bytes, where: str, *, grey_masks: str = "error"
-) -> np.ndarray:
-  """Decodes a mask to bool [h, w]; lesion where the value is above 128.
-
-  A clean mask has one or two values: 0 and 255 (or 0 and 1, then 1 is lesion).
-  Others come from resizing with interpolation or from lossy compression, which
-  has moved the border; they are refused unless `grey_masks="threshold"`.
-
-  Args:
-    content: the encoded mask; 1-bit, 8-bit, palette or 24-bit without colour.
-    where: names the file in errors.
-    grey_masks: `"error"` or `"threshold"` (above 128, the official rule).
-
-  Raises:
-    DataError: if the mask is damaged, too large, coloured, or grey.
-  """
-  if grey_masks not in GREY_MASKS:
-    raise ValueError(f"grey_masks is {grey_masks!r}, not one of {GREY_MASKS}.")
-  values = mask_values(content, where)
-  if values.max(initial=0) == 1:
-    return values == 1
-  if grey_masks == "error":
-    between = (values != 0) & (values != 255)
-    count = int(np.count_nonzero(between))
-    if count:
-      raise DataError(
-        f"{where} is a mask with grey values: {count} of {values.size} pixels"
-        f" are neither 0 nor 255 (the first is {int(values[between][0])})."
-        ' Use the original mask, or pass grey_masks="threshold" to count'
-        " everything above 128 as lesion."
-      )
-  return values > 128
-
-
-def mask_values(content: bytes, where: str) -> np.ndarray:
-  """The grey values of a mask, uint8 [h, w], before any threshold.
-
-  Raises:
-    DataError: if the mask is damaged, too large, or coloured.
-  """
-  image = open_image(content, where)
-  if image.mode not in _MASK_MODES:
-    raise DataError(
-      f"{where} has pixels of kind {image.mode!r}; a mask has 1, 8 or 24 bits."
-    )
-  if image.mode in ("1", "L"):
-    return np.array(image.convert("L"))
-  if image.has_transparency_data:
-    alpha = np.array(image.convert("RGBA"))[..., 3]
-    if (alpha != 255).any():
-      raise DataError(
-        f"{where} is partly transparent; a mask is black and white. Flatten it "
-        "onto black, with the lesion white."
-      )
-  channels = np.array(image.convert("RGB"))
-  if (channels != channels[..., :1]).any():
-    raise DataError(
-      f"{where} has colours; a mask is black and white. Is it the image?"
-    )
-  return channels[..., 0]
-
-
-def decode_pair(
-  pair: Pair, *, grey_masks: str = "error"
-) -> tuple[np.ndarray, np.ndarray]:
-  """Decodes image and mask: uint8 [h, w, 3] and bool [h, w].
-
-  Raises:
-    DataError: as `decode_image` and `decode_mask`, or if the sizes differ.
-  """
-  image = decode_pairs_image(pair)
-  mask = decode_mask(pair.mask.read(), pair.mask.where, grey_masks=grey_masks)
-  check_sizes(pair, image, mask)
-  return image, mask
 
 
 def decode_pairs_image(pair: Pair) -> np.ndarray:

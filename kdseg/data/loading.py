@@ -13,6 +13,7 @@ from PIL import Image
 
 from kdseg.data import builder as builder_lib
 from kdseg.data import decode
+from kdseg.data import masks
 from kdseg.data import prepare
 from kdseg.data import sets
 from kdseg.data.archives import DataError
@@ -55,7 +56,7 @@ class Arrays:
 
   def native_mask(self, index: int) -> np.ndarray:
     """The mask of one example at its own size, bool [h, w]."""
-    return decode.mask_values(self.native_masks[index], self.ids[index]) > 128
+    return masks.mask_values(self.native_masks[index], self.ids[index]) > 128
 
   def native_size(self, index: int) -> tuple[int, int]:
     """Height and width of one example's own image, in pixels."""
@@ -120,7 +121,7 @@ def _read(builder: builder_lib.PairBuilder, split: str, size: int) -> Arrays:
   def fill(index: int, record: prepare.Record) -> tuple[str, bytes]:
     where = f"{builder.data_dir}: {split}/{record.id}"
     image[index] = resize_image(decode.decode_image(record.image, where), size)
-    lesion = decode.mask_values(record.mask, f"{where} (mask)") > 128
+    lesion = masks.mask_values(record.mask, f"{where} (mask)") > 128
     mask[index] = resize_mask(lesion, size)
     return record.id, record.mask
 

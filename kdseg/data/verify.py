@@ -19,6 +19,7 @@ import tqdm
 from kdseg.data import archives
 from kdseg.data import builder as builder_lib
 from kdseg.data import decode
+from kdseg.data import masks
 from kdseg.data import orientations
 from kdseg.data import prepare
 from kdseg.data import sets
@@ -135,7 +136,7 @@ def verify(
     f"{name} from {source}",
     inventory,
     official=builder.official_counts or inventory.found,
-    grey_masks=options.get("grey_masks", "error"),
+    rule=builder.mask_rule,
   )
 
 
@@ -171,7 +172,7 @@ def inspect(
   inventory: Inventory,
   *,
   official: Mapping[str, int],
-  grey_masks: str = "error",
+  rule: masks.MaskRule = masks.MaskRule(),  # noqa: B008  (an immutable tuple)
 ) -> Report:
   """Decodes every pair of an inventory and reports on it.
 
@@ -179,7 +180,7 @@ def inspect(
     title: the data set, and where it was read.
     inventory: its pairs.
     official: by split, pairs of the official release.
-    grey_masks: see `decode.decode_mask`.
+    rule: which values of masks are lesion.
 
   Returns:
     The report.
@@ -201,16 +202,14 @@ def inspect(
       image = decode.decode_pairs_image(pair)
       sizes[split].append(image.shape[:2])
       thumbs[label] = thumb(image)
-      mask = decode.decode_mask(
-        pair.mask.read(), pair.mask.where, grey_masks=grey_masks
-      )
+      mask = masks.decode_mask(pair.mask.read(), pair.mask.where, rule)
       decode.check_sizes(pair, image, mask)
     except DataError as error:
       problems.append(str(error))
       continue
     if not mask.any():
       empty.append(label)
-    if touches_frame(mask):
+    if masks.touches_frame(mask):
       touching.append(label)
   return Report(
     title=title,
@@ -283,11 +282,6 @@ def find_alike(thumbs: Mapping[str, np.ndarray]) -> tuple[Alike, ...]:
       for other in np.flatnonzero(bits <= ALIKE_BITS).tolist()
     ]
   return tuple(sorted(found, key=lambda pair: (not pair.across, pair.bits)))
-
-
-def touches_frame(mask: np.ndarray) -> bool:
-  """Whether any pixel of the outermost rows and columns is lesion."""
-  return bool(mask[[0, -1]].any() or mask[:, [0, -1]].any())
 
 
 def describe(report: Report, *, limit: int = 20) -> str:

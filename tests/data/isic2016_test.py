@@ -10,6 +10,7 @@ import tiny_archives as tiny
 
 from kdseg.data import decode
 from kdseg.data import loading
+from kdseg.data import masks
 from kdseg.data import pairs
 from kdseg.data import prepare
 from kdseg.data.archives import DataError
@@ -70,7 +71,7 @@ def test_pairs_match_by_id_in_any_order(tmp_path, isic):
   files = isic.files["train_mask"]
   isic.files["train_mask"] = dict(reversed(files.items()))
   for pair in _take(isic.write(tmp_path)).splits["train"]:
-    mask = decode.decode_mask(pair.mask.read(), "")
+    mask = masks.decode_mask(pair.mask.read(), "")
     np.testing.assert_array_equal(mask, tiny.lesion(int(pair.id[5:])))
 
 

@@ -3,7 +3,7 @@ import pytest
 import tensorflow_datasets as tfds
 import tiny_archives as tiny
 
-from kdseg.data import decode
+from kdseg.data import masks
 from kdseg.data import prepare
 from kdseg.data.archives import DataError
 from kdseg.data.sets import ph2
@@ -44,7 +44,7 @@ def test_all_200_pairs_are_one_split(tmp_path, ph2_files):
   assert list(found.splits) == ["test"]
   assert found.found == ph2.Ph2.official_counts == {"test": 200}
   for pair in found.splits["test"]:
-    mask = decode.decode_mask(pair.mask.read(), "")
+    mask = masks.decode_mask(pair.mask.read(), "")
     np.testing.assert_array_equal(mask, tiny.lesion(int(pair.id[3:])))
 
 

@@ -4,6 +4,7 @@ import tensorflow_datasets as tfds
 
 from kdseg.data import decode
 from kdseg.data import loading
+from kdseg.data import masks
 from kdseg.data.sets import synthetic
 
 SMALL = {"train": 3, "validation": 2, "test": 2, "image_size": 32}
@@ -99,9 +100,7 @@ def test_image_and_mask_of_a_pair_are_one_drawing():
       np.random.Generator(np.random.PCG64(seeds)), 32
     )
     # The mask first: reading order must not matter.
-    np.testing.assert_array_equal(
-      decode.decode_mask(pair.mask.read(), ""), mask
-    )
+    np.testing.assert_array_equal(masks.decode_mask(pair.mask.read(), ""), mask)
     np.testing.assert_array_equal(
       decode.decode_image(pair.image.read(), ""), picture
     )

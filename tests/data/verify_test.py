@@ -4,6 +4,7 @@ import pytest
 import tiny_archives as tiny
 
 from kdseg.data import __main__ as command
+from kdseg.data import masks
 from kdseg.data import pairs
 from kdseg.data import prepare
 from kdseg.data import verify
@@ -82,7 +83,7 @@ def test_a_mask_touches_the_frame_at_any_edge(edge):
   at = {"top": (0, 3), "bottom": (4, 3), "left": (2, 0), "right": (2, 5)}
   if edge in at:
     mask[at[edge]] = True
-  assert verify.touches_frame(mask) == (edge != "none")
+  assert masks.touches_frame(mask) == (edge != "none")
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def faulty(tmp_path, make_folder):
   make_folder(tmp_path / "own" / "test", ["e0"])
   empty = tiny.mask_bytes(np.zeros((tiny.HEIGHT, tiny.WIDTH), bool))
   full = tiny.mask_bytes(np.ones((tiny.HEIGHT, tiny.WIDTH), bool))
-  grey = tiny.encode(np.full((tiny.HEIGHT, tiny.WIDTH), 9, np.uint8), "PNG")
+  grey = tiny.encode(np.full((tiny.HEIGHT, tiny.WIDTH), 99, np.uint8), "PNG")
   tiny.write_folder(
     root,
     {
