@@ -2,6 +2,7 @@ import pytest
 from tiny_run import TEACHER
 from tiny_run import make_config
 
+from kdseg.data.sets.folder import Folder
 from kdseg.distill import extensions as extensions_lib
 from kdseg.experiment import config as config_lib
 from kdseg.experiment import run
@@ -42,11 +43,29 @@ def test_what_would_fail_after_hours_fails_at_once(change, message, data_dir):
     extensions_lib.Extensions(terms={"loss": None}),
     extensions_lib.Extensions(regions={"all": None}),
     extensions_lib.Extensions(students={"enet": None}),
+    extensions_lib.Extensions(data_sets={"ph2": None}),
   ],
 )
 def test_a_name_that_is_taken_is_refused(extensions, data_dir):
   with pytest.raises(ValueError, match="is taken; choose another"):
     config_lib.parse(make_config(data_dir), extensions)
+
+
+def test_a_data_set_that_a_user_adds_is_named_like_any_other(data_dir):
+  class Mine(Folder):
+    name, test_name = "mine", "mine_test"
+
+  config = make_config(data_dir)
+  config.data.name, config.data.tests = "mine", ("mine", "validation")
+  with pytest.raises(ValueError, match='data set "mine"'):
+    config_lib.parse(config)
+  data = config_lib.parse(
+    config, extensions_lib.Extensions(data_sets={"mine": Mine})
+  ).data
+  assert [data.test_name(test) for test in data.tests] == [
+    "mine_test",
+    "mine_validation",
+  ]
 
 
 def test_a_primary_family_of_unknown_methods_is_refused(data_dir):

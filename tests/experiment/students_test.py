@@ -157,6 +157,7 @@ def test_a_method_put_back_with_another_weight_is_refused(
 def test_a_method_changed_within_its_training_is_refused(data_dir, tmp_path):
   path = tmp_path / "checkpoints" / "arms" / "000" / "group.json"
   path.parent.mkdir(parents=True)
-  checkpoint.write_json(path, {"patch_unet-boom-seed0": {"terms": {"kd": 1.0}}})
+  begun = {"terms": {"kd": 1.0}, "distill_ramp": 0.0}
+  checkpoint.write_json(path, {"patch_unet-boom-seed0": begun})
   with pytest.raises(workdir_lib.WorkdirError, match=r"boom\.terms\.kd"):
     run.run(make_config(data_dir), tmp_path)

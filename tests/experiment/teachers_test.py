@@ -2,6 +2,7 @@ import json
 import types
 
 import jax
+import ml_collections
 import numpy as np
 import pytest
 from tiny_run import FROZEN
@@ -148,7 +149,7 @@ def test_a_finished_joint_run_is_left_as_it_is(joint):
 
 def make_teacher(config, workdir):
   """Returns the one teacher of a config, which needs no images."""
-  config.update({"distil_from": (), "arms": {}})
+  config.distil_from, config.arms = (), ml_collections.ConfigDict()
   this = make_run(config, workdir)
   [teacher] = teachers_lib.train_teachers(this, data=None).values()
   return teacher
