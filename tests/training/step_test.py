@@ -3,6 +3,7 @@
 import functools
 
 import chex
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -288,6 +289,75 @@ def test_a_batch_that_is_not_finite_leaves_the_state_as_it_was():
   assert metrics["finite"] == 1
   assert np.isfinite(metrics["loss"])
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(host(again)))
+
+
+class Root(nn.Module):
+  """Its logits are the root of its one weight: at 0 their slope is infinite.
+
+  As statistics, it keeps a draw of its dropout.
+  """
+
+  @nn.compact
+  def __call__(self, image, train=False):
+    weight = self.param("weight", nn.initializers.zeros, ())
+    drawn = self.variable("batch_stats", "drawn", lambda: jnp.zeros(()))
+    if train:
+      drawn.value = jax.random.uniform(self.make_rng("dropout"))
+    return {"logits": jnp.sqrt(weight) + jnp.zeros(image.shape[:3])}
+
+
+def update_root(weight, method=None):
+  """Returns the state before a step of `Root`, after it, and the metrics."""
+  network = Root()
+  batch = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), draw_batch())
+  variables = network.init(jax.random.key(0), batch["image"])
+  variables["params"]["weight"] = jnp.float32(weight)
+  terms = ("kd",) if method else ()
+  before = state_lib.make_state(variables, {}, TX, seed=SEED, terms=terms)
+  step = step_lib.make_train_step(
+    network, TX, segmentation={"bce": 1.0}, steps=STEPS, method=method
+  )
+  after, metrics = jax.vmap(step, (None, 0), None, axis_name=devices.AXIS)(
+    before, jax.tree.map(lambda x: x[None], {**batch, "teacher_out": {}})
+  )
+  return before, after, metrics
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_state_as_it_was():
+  before, after, metrics = update_root(weight=0.0)
+  # Where logits are 0, so is everything that is compared: ln 2.
+  np.testing.assert_allclose(metrics["loss"], np.log(2.0), rtol=1e-6)
+  assert not np.isfinite(metrics["gradient_norm"])
+  assert metrics["finite"] == 0
+  assert_equal(host(after), host(before.replace(step=before.step + 1)))
+  _, after, metrics = update_root(weight=1.0)
+  assert metrics["finite"] == 1
+  assert after.params["network"]["weight"] != 1.0
+
+
+def test_dropout_and_masking_draw_from_keys_of_their_own(monkeypatch):
+  def drawn(out, teacher_out, labels, rng, **options):
+    return {"kd": jnp.mean(jax.vmap(jax.random.uniform)(rng))}
+
+  monkeypatch.setattr(step_lib.objective, "distillation_terms", drawn)
+  _, after, metrics = update_root(1.0, method_lib.Method(terms={"kd": 1.0}))
+  draw = functools.partial(
+    step_lib.example_keys, jnp.int32(SEED), jnp.int32(0), batch=BATCH,
+    mapped=False,
+  )  # fmt: skip
+  _, expected = Root().apply(
+    {"params": {"weight": 1.0}},
+    draw_batch()["image"],
+    True,
+    rngs={"dropout": draw(purpose=step_lib.DROP)[0]},
+    mutable=["batch_stats"],
+  )
+  assert after.batch_stats == expected["batch_stats"]
+  np.testing.assert_allclose(
+    metrics["kd"],
+    jnp.mean(jax.vmap(jax.random.uniform)(draw(purpose=step_lib.HIDE))),
+    rtol=1e-6,
+  )
 
 
 def test_the_balance_is_the_ratio_of_mean_losses_then_frozen():
