@@ -174,7 +174,7 @@ def load_exported(
   # Each runtime has errors of its own, some of them bare RuntimeErrors.
   except Exception as error:
     raise weights.WeightsError(
-      f"{path} cannot be opened: {str(error).splitlines()[0]}"
+      f"{path} cannot be opened: {(str(error) or repr(error)).splitlines()[0]}"
     ) from error
   return ExportedModel(
     name=path.name,

@@ -46,8 +46,8 @@ def find(folder: pathlib.Path) -> list[pathlib.Path]:
   """
   if not (folder / REFERENCE).is_file():
     raise weights.WeightsError(
-      f"{folder} has no {REFERENCE}; write it with python -m "
-      f"kdseg.deploy.export MODEL --out {folder}"
+      f"{folder} has no {REFERENCE}; write it with kdseg export MODEL --out "
+      f"{folder}"
     )
   suffixes = {format.suffix for format in formats.FORMATS}
   return [folder / REFERENCE] + [

@@ -110,4 +110,4 @@ def test_a_probability_that_is_not_finite_is_refused(arrays):
 
 def test_a_folder_without_weights_says_how_to_make_them(tmp_path, capsys):
   assert score.main([str(tmp_path), "--tests", "synthetic"]) == 1
-  assert "kdseg.deploy.export" in capsys.readouterr().err
+  assert "kdseg export MODEL" in capsys.readouterr().err

@@ -23,8 +23,11 @@ import numpy as np
 BATCH = 7919
 # Calls that only wrap another program.
 _CALLS = frozenset(
-  {"jit", "pjit", "closed_call", "remat2", "custom_jvp_call", "custom_vjp_call"}
-)
+  {
+    "jit", "pjit", "closed_call", "checkpoint", "remat2", "custom_jvp_call",
+    "custom_vjp_call",
+  }
+)  # fmt: skip
 # Operations that may take a constant that is narrower than its program says.
 _ELEMENTWISE = frozenset(
   {

@@ -159,8 +159,8 @@ def _read_networks(
   path = exported / ONNX.file
   if not path.is_file():
     raise runtime_lib.PageError(
-      f"{exported} has no {ONNX.file}; write it with python -m "
-      f"kdseg.deploy.export MODEL --out {exported}"
+      f"{exported} has no {ONNX.file}; write it with kdseg export MODEL --out "
+      f"{exported}"
     )
   networks = {"fp32": (ONNX.file, "32-bit", path.read_bytes())}
   small = pathlib.Path(int8) if int8 else exported / ONNX.int8_file
