@@ -6,9 +6,9 @@ import re
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
+from tiny_run import make_config
 
 from kdseg import networks
 from kdseg.distill import extensions
@@ -154,9 +154,13 @@ def test_a_student_is_added_by_a_module_and_one_row(tmp_path):
   spec = importlib.util.spec_from_file_location("dots", path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  config = ml_collections.ConfigDict({"students": {"dots": {"widths": (2,)}}})
+  config = make_config(
+    tmp_path,
+    students={"dots": {"widths": (2,)}},
+    arms={"dots": {"methods": ("none",), "seeds": (0,)}},
+  )
   added = extensions.Extensions(students={"dots": module.Dots})
-  student = config_lib.make_student("dots", config, added)
+  student = config_lib.parse(config, added).students["dots"]
   assert student.widths == (2,)
   assert student.axis_name == devices.AXIS
   variables = networks.make_variables(student, jax.random.key(0), size=32)
