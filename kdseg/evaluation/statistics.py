@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import scipy.stats
+import scipy  # its `stats`, half a second, at its first use
 
 _CHUNK = 1000  # resamples at a time: 1000 x 1000 images are 8 MB
 
