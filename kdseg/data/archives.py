@@ -60,6 +60,11 @@ class File:
     """The suffix in lower case, with its dot; empty if there is none."""
     return pathlib.PurePosixPath(self.name).suffix.lower()
 
+  def held(self) -> "File":
+    """Returns the same file with its content held in memory."""
+    content = self.read()
+    return dataclasses.replace(self, read=lambda: content)
+
 
 def shown(text: object) -> str:
   r"""Escapes what a terminal would obey or cannot print, as `\x1b[2J`."""

@@ -20,7 +20,6 @@ import tensorflow_datasets as tfds
 from kdseg.data import decode
 from kdseg.data import masks
 from kdseg.data.archives import DataError
-from kdseg.data.archives import File
 from kdseg.data.pairs import Inventory
 from kdseg.data.pairs import Pair
 
@@ -216,7 +215,7 @@ class PairBuilder(  # type: ignore[call-arg]  # tfds itself has no types
   ) -> Iterator[tuple[int, dict[str, Any]]]:
     for index, pair in enumerate(split_pairs):
       pair = dataclasses.replace(
-        pair, image=_read_once(pair.image), mask=_read_once(pair.mask)
+        pair, image=pair.image.held(), mask=pair.mask.held()
       )
       image, mask = masks.decode_pair(pair, self.mask_rule)
       yield (
@@ -228,9 +227,3 @@ class PairBuilder(  # type: ignore[call-arg]  # tfds itself has no types
           **self.extra_values(pair),
         },
       )
-
-
-def _read_once(file: File) -> File:
-  """Returns the same file with its content held in memory."""
-  content = file.read()
-  return dataclasses.replace(file, read=lambda: content)

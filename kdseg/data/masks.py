@@ -133,9 +133,15 @@ def mask_values(content: bytes, where: str) -> np.ndarray:
   first is black, as tools store classes.
 
   Raises:
-    DataError: if the mask is damaged, too large, or coloured.
+    DataError: if the mask is damaged, too large, or coloured, or if it has
+      several pages or frames.
   """
   image = decode.open_image(content, where)
+  if (frames := decode.count_frames(content, where)) > 1:
+    raise DataError(
+      f"{where} has {frames} pages or frames, and a mask has one. Save the one"
+      " that is the mask by itself."
+    )
   if image.mode not in _MODES:
     raise DataError(
       f"{where} has pixels of kind {image.mode!r}; a mask has 1, 8 or 24 bits."
@@ -169,12 +175,11 @@ def decode_pair(
   """Decodes image and mask: uint8 [h, w, 3] and bool [h, w].
 
   Raises:
-    DataError: as `decode.decode_pairs_image` and `decode_mask`, or if the
-      sizes differ.
+    DataError: as `decode.decode_image`, `decode_mask` and `decode.check_fit`.
   """
-  image = decode.decode_pairs_image(pair)
+  image = decode.decode_image(pair.image.read(), pair.image.where)
   mask = decode_mask(pair.mask.read(), pair.mask.where, rule)
-  decode.check_sizes(pair, image, mask)
+  decode.check_fit(pair, image, mask)
   return image, mask
 
 

@@ -28,16 +28,12 @@ class Pair:
     image: the image's file.
     mask: the mask's file.
     diagnosis: in the data set's own words; empty if not known.
-    upright: whether to refuse an image that EXIF turns, as its mask may be
-      drawn on the pixels as stored or as shown. Those of the releases are
-      drawn on the pixels as stored.
   """
 
   id: str
   image: archives.File
   mask: archives.File
   diagnosis: str = ""
-  upright: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -199,11 +199,14 @@ def inspect(
   ):
     label = f"{split}/{pair.id}"
     try:
-      image = decode.decode_pairs_image(pair)
+      pair = dataclasses.replace(
+        pair, image=pair.image.held(), mask=pair.mask.held()
+      )
+      image = decode.decode_image(pair.image.read(), pair.image.where)
       sizes[split].append(image.shape[:2])
       thumbs[label] = thumb(image)
       mask = masks.decode_mask(pair.mask.read(), pair.mask.where, rule)
-      decode.check_sizes(pair, image, mask)
+      decode.check_fit(pair, image, mask)
     except DataError as error:
       problems.append(str(error))
       continue

@@ -1,4 +1,4 @@
-"""Reads image files of many kinds, upright and as 8-bit RGB."""
+"""Finds and reads the image files that a command names."""
 
 from collections.abc import Iterable
 import glob
@@ -6,17 +6,12 @@ import os
 import pathlib
 
 import numpy as np
-from PIL import Image
-from PIL import ImageOps
 
 from kdseg.data import archives
 from kdseg.data import decode
 
-SUFFIXES = frozenset(
-  {".bmp", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff"}
-)
 # Images that cannot be read: in a folder they are named, not passed over.
-OTHERS = frozenset({".avif", ".gif", ".heic", ".heif", ".webp"})
+OTHERS = (".avif", ".heic", ".heif")
 
 
 def find(names: Iterable[str]) -> list[pathlib.Path]:
@@ -47,17 +42,14 @@ def _inside(folder: pathlib.Path) -> list[pathlib.Path]:
   images = [
     path
     for path in everything
-    if path.suffix.lower() in SUFFIXES | OTHERS
+    if path.suffix.lower() in (*decode.SUFFIXES, *OTHERS)
     and not path.name.startswith(".")
   ]
   return images or [folder]
 
 
 def read(path: pathlib.Path) -> np.ndarray:
-  """Reads an image as uint8 RGB [h, w, 3].
-
-  Turned as its EXIF orientation says; grey, palette, CMYK and 16-bit pictures
-  become 8-bit RGB; transparency is dropped, as in training.
+  """Reads an image as uint8 RGB [h, w, 3], as `decode.decode_image` does.
 
   Raises:
     DataError: if it is no image, cut off, too large, or of an unknown kind.
@@ -68,35 +60,4 @@ def read(path: pathlib.Path) -> np.ndarray:
       f"{where} is a folder without images, or one that may not be listed; "
       "name a file, or another folder."
     )
-  image = decode.open_image(archives.read_path(path), where)
-  try:
-    image = ImageOps.exif_transpose(image)
-  except Exception as error:
-    # Pillow's EXIF readers raise SyntaxError, struct.error and others.
-    raise archives.DataError(
-      f"{where} has damaged EXIF data ({archives.shown(error)}), so that it is "
-      "not known which way up it is; save it again without them."
-    ) from error
-  if image.mode == "1":
-    image = image.convert("L")
-  if image.mode.startswith("I"):
-    return _from_16_bit(image, where)
-  if image.mode not in decode.IMAGE_MODES:
-    raise archives.DataError(
-      f"{where} has pixels of kind {image.mode!r}; convert it to 8-bit RGB."
-    )
-  return np.array(image.convert("RGB"))
-
-
-def _from_16_bit(image: Image.Image, where: str) -> np.ndarray:
-  grey = np.asarray(image).astype(np.int64)
-  # An image of 32 bits may hold 8-bit values, but does not say so.
-  narrow = image.mode == "I" and grey.max() <= 0xFF
-  if grey.min() < 0 or grey.max() > 0xFFFF or narrow:
-    raise archives.DataError(
-      f"{where} has pixels from {grey.min()} to {grey.max()} in a picture of "
-      f"kind {image.mode!r}, not 16-bit ones; convert it to 8-bit RGB."
-    )
-  # 65535 / 255 = 257, without a remainder.
-  grey = np.round(grey / 257).astype(np.uint8)
-  return np.repeat(grey[..., None], 3, axis=2)
+  return decode.decode_image(archives.read_path(path), where)

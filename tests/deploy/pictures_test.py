@@ -23,9 +23,9 @@ def save(path, array, mode=None, **options):
   return path
 
 
-@pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif"])
+@pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif", ".webp"])
 def test_colour_is_read_as_it_is(tmp_path, suffix):
-  path = save(tmp_path / f"a{suffix}", COLOUR)
+  path = save(tmp_path / f"a{suffix}", COLOUR, lossless=True)
   np.testing.assert_array_equal(pictures.read(path), COLOUR)
 
 
@@ -47,15 +47,6 @@ def test_transparency_is_dropped(tmp_path):
   alpha = np.zeros((8, 12, 1), np.uint8)
   path = save(tmp_path / "a.png", np.concatenate([COLOUR, alpha], -1))
   np.testing.assert_array_equal(pictures.read(path), COLOUR)
-
-
-def test_a_turned_photograph_is_read_upright(tmp_path):
-  exif = Image.Exif()
-  exif[0x0112] = 6  # to be turned by a quarter, with the clock
-  path = save(tmp_path / "a.png", COLOUR, exif=exif)
-  np.testing.assert_array_equal(
-    pictures.read(path), np.rot90(COLOUR, -1, (0, 1))
-  )
 
 
 def test_a_damaged_exif_block_is_named(tmp_path):
@@ -127,11 +118,11 @@ def test_files_folders_and_patterns_are_found_once_each(tmp_path):
 
 
 def test_pictures_that_are_not_read_are_named_and_not_passed_over(tmp_path):
-  for name in ("a.jfif", "b.webp", "notes.txt"):
-    (tmp_path / name).write_bytes(b"RIFF....WEBPVP8 ")
+  for name in ("a.jfif", "b.heic", "notes.txt"):
+    (tmp_path / name).write_bytes(b"....ftypheic")
   found = pictures.find([str(tmp_path)])
-  assert [path.name for path in found] == ["a.jfif", "b.webp"]
-  with pytest.raises(archives.DataError, match="none of JPEG, PNG, BMP and"):
+  assert [path.name for path in found] == ["a.jfif", "b.heic"]
+  with pytest.raises(archives.DataError, match=r"none of JPEG, .* GIF"):
     pictures.read(found[1])
 
 

@@ -10,7 +10,6 @@ are divided by a hash of the stem: 10 % test, 10 % validation, the rest train.
 """
 
 from collections.abc import Iterable
-import dataclasses
 import hashlib
 import pathlib
 import re
@@ -18,6 +17,7 @@ from typing import Any
 
 from kdseg.data import archives
 from kdseg.data import builder
+from kdseg.data import decode
 from kdseg.data import pairs
 from kdseg.data.archives import DataError
 from kdseg.data.archives import File
@@ -25,7 +25,6 @@ from kdseg.data.pairs import Inventory
 from kdseg.data.pairs import Pair
 
 SPLITS = ("train", "validation", "test")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
 
 MAX_NAME_BYTES = 255  # of most file systems
 
@@ -171,7 +170,7 @@ def _match(
       )
 
     def find_id(file: File, kind: str = kind) -> str | None:
-      if file.suffix not in SUFFIXES:
+      if file.suffix not in decode.SUFFIXES:
         return None
       stem = file.path.rsplit(".", 1)[0]
       is_mask = kind == "masks" and stem not in found["images"]
@@ -184,12 +183,11 @@ def _match(
     if strangers:
       problems.append(
         f"{path} has files that are no images: {pairs.listing(strangers)}."
-        f" Remove them, or convert them ({', '.join(SUFFIXES)})."
+        f" Remove them, or convert them ({', '.join(decode.SUFFIXES)})."
       )
   matched, unmasked, unpictured = pairs.match(found["images"], found["masks"])
   problems += unmasked + unpictured
-  upright = tuple(dataclasses.replace(pair, upright=True) for pair in matched)
-  return upright, problems, files
+  return matched, problems, files
 
 
 def _unfit_ids(

@@ -201,5 +201,5 @@ export async function readImage(blob) {
 export class ImageError extends Error {}
 
 const UNREADABLE =
-  "is not an image that this browser can read. JPEG, PNG, WebP and BMP work " +
-  "everywhere; save HEIC, TIFF or DICOM as one of them first.";
+  "is not an image that this browser can read. JPEG, PNG, WebP, GIF and BMP " +
+  "work everywhere; save HEIC, TIFF or DICOM as one of them first.";
