@@ -4,12 +4,14 @@ Command:
   python -m kdseg.main --config configs/isic2016.py --workdir runs/isic2016 \
   --config.data.manual_dir FOLDER_WITH_THE_OFFICIAL_ARCHIVES
 
-Trains a ViT-S/14 teacher (its last three blocks fine-tuned, the others
-computed once) and two patchified U-Nets without distillation, with MBF and
-with M2BF. Needs the extra `teacher-vit`. Scores, hours and hardware are in
-README.md, per-image scores under results/.
+Trains a ViT-S/14 teacher (its last three blocks fine-tuned, the outputs of the
+frozen ones computed once) and two patchified U-Nets without distillation, with
+MBF and with M2BF. Needs the extra `teacher-vit`.
 
-The students' learning rate was searched on the validation images (variant
+Expected scores, hours and hardware: docs/results.md; one row an image:
+results/isic2016/.
+
+The students' learning rate was chosen on the validation images (variant
 "search", the small student, seed 0): Dice .9096 at 1e-3, .9184 at 3e-3, .9115
 at 1e-2.
 
@@ -23,21 +25,21 @@ Variants:
                                               widths and taps, on the small
                                               student, scored on the validation
                                               images alone
-  --config configs/isic2016.py:random         MBF and M2BF from a teacher as it
-                                              was drawn, which knows nothing, to
-                                              be merged with "comparison"
+  --config configs/isic2016.py:random         MBF and M2BF from a randomly
+                                              initialised teacher; merge its
+                                              scores with "comparison"
   --config.arms.patch_unet_50k.seeds='(0,)'   fewer seeds; more can follow in
                                               the same workdir
 """
 
 import ml_collections
 
-# A transformer has no maps of its own at strides 4 and 8, so the decoders are
-# compared; one tap, as generators cost far more than these students.
+# A transformer has no features at strides 4 and 8, so those of the decoders are
+# compared; at one tap, as generators cost far more than these students.
 TAPS = ("decoder_high",)
 BAND = {"terms": {"mbf": 1.0}, "taps": TAPS}
-# What the claim about the boundary is held against; docs/methods.md says what
-# each row answers. Weights are the published ones.
+# The methods that boundary distillation is compared with; docs/methods.md says
+# which question each answers. Weights are the published ones.
 COMPARISON = {
   "none": {},
   "mbf": BAND,
@@ -49,8 +51,8 @@ COMPARISON = {
   # The ablation.
   "fitnet": {"terms": {"fitnet": 1.0}, "taps": TAPS},
   "generator": {**BAND, "mask_ratio": 0.0},
-  # As many cells as mbf hides: .75 of the 14.9 % that are in the band, the
-  # mean over the training masks at stride 8.
+  # Hides as many cells as mbf: .75 of the 14.9 % in the band, the mean over the
+  # training masks at stride 8.
   "mgd_matched": {"terms": {"mgd": 1.0}, "mask_ratio": 0.112, "taps": TAPS},
   "interior": {**BAND, "region": "interior"},
   "exterior": {**BAND, "region": "exterior"},
@@ -71,7 +73,7 @@ COMPARISON = {
     "topology": "multiscale",
     "taps": (*TAPS, "decoder_low"),
   },
-  # One generator with the parameters of a cascade of three, at 32 channels.
+  # One generator with as many parameters as a cascade of three.
   "wide": {**BAND, "generator_width": 96},
   "no_generator": {**BAND, "generator": "identity"},
   "no_region": {**BAND, "region": "none"},
@@ -91,7 +93,7 @@ COMPARISON = {
   "bpkd": {"terms": {"bpkd": 1.0}},
   "ultralbm": {"terms": {"ultralbm": 1.0}},
 }
-# Why no more comes of it? Settings of MBF and M2BF, compared on validation.
+# Does MBF gain more with other settings? Compared on the validation images.
 WHY = {
   "none": {},
   "mbf": BAND,
@@ -103,8 +105,8 @@ WHY = {
   # The decoders' maps at stride 4, and at both strides.
   "mbf_low": {**BAND, "taps": ("decoder_low",)},
   "mbf_both": {**BAND, "taps": ("decoder_low", *TAPS)},
-  # A hidden cell has no gradient of its own: the boundary itself is taught
-  # less directly than the rest, unless its error alone counts.
+  # A hidden cell passes no gradient to the student at its own place, so the
+  # boundary is learned less directly, unless its error alone counts.
   "band_loss": {**BAND, "loss_region": "band"},
   "m2bf": COMPARISON["m2bf"],
   "m2bf_weak": {**COMPARISON["m2bf"], "terms": {"m2bf": 0.3}},
@@ -126,7 +128,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   c = ml_collections.ConfigDict()
   c.seed = 0
   c.log_every = 20
-  # Of a student and method, by one program; 0: what suits the backend.
+  # Seeds of an arm that one program updates; 0 for what suits the backend.
   c.seeds_at_once = 0
 
   c.data = ml_collections.ConfigDict()
@@ -141,8 +143,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     for name in ("isic2016", "ph2", "folder")
   }
 
-  # A frozen teacher answers for flips and quarter turns, once; so no other
-  # geometric augmentation reaches any network of this config.
+  # The teacher's outputs are cached for flips and quarter turns alone, so no
+  # other geometric augmentation is used.
   c.augment = ml_collections.ConfigDict(
     {"rotate": 0.0, "scale": 0.0, "translate": 0.0}
   )

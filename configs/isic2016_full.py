@@ -1,15 +1,16 @@
-r"""ISIC-2016 with fine-tuned teachers and nothing computed before: for a GPU.
+r"""ISIC-2016 with teachers that are fine-tuned whole: for a GPU.
 
 Command:
   python -m kdseg.main --config configs/isic2016_full.py \
   --workdir runs/isic2016_full \
   --config.data.manual_dir FOLDER_WITH_THE_OFFICIAL_ARCHIVES
 
-Three teachers, each fine-tuned whole (a ViT-S/14, U-Net++ and DeepLabV3+ on
-EfficientNet-Lite2), teach together: their mean probability, their features
-side by side. Students of four sizes see all of the augmentation, and every
-batch is put to the teachers. Needs the extras `pretrained` and `teacher-vit`.
-Not run to its end yet: no score is known.
+Students of four sizes learn from three teachers together (a ViT-S/14, U-Net++
+and DeepLabV3+ on EfficientNet-Lite2): from the mean of their probabilities and
+from their features side by side. The teachers run on every batch, so that all
+of the augmentation is used. Needs the extras `pretrained` and `teacher-vit`.
+
+Expected scores: not known, as it has not been run to its end.
 """
 
 import ml_collections
@@ -41,7 +42,7 @@ def get_config() -> ml_collections.ConfigDict:
   c = ml_collections.ConfigDict()
   c.seed = 0
   c.log_every = 50
-  # Of a student and method, by one program; 0: what suits the backend.
+  # Seeds of an arm that one program updates; 0 for what suits the backend.
   c.seeds_at_once = 0
 
   c.data = ml_collections.ConfigDict()

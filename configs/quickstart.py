@@ -5,8 +5,10 @@ Command:
 
 Trains a teacher and a small student on 256 drawn lesions of 96 x 96 pixels:
 the student without distillation, with MBF and with M2BF; scores all of them
-and writes runs/quickstart/table.md and overlays.png. Drawn lesions show that
-everything works. They are no result: see configs/isic2016.py.
+and writes table.md and overlays.png.
+
+Expected scores: any. Drawn lesions show that everything works, they are no
+result: see configs/isic2016.py.
 """
 
 import ml_collections
@@ -17,7 +19,7 @@ def get_config() -> ml_collections.ConfigDict:
   c = ml_collections.ConfigDict()
   c.seed = 0
   c.log_every = 20
-  # Of a student and method, by one program; 0: what suits the backend.
+  # Seeds of an arm that one program updates; 0 for what suits the backend.
   c.seeds_at_once = 0
 
   c.data = ml_collections.ConfigDict()
@@ -34,7 +36,7 @@ def get_config() -> ml_collections.ConfigDict:
 
   c.augment = ml_collections.ConfigDict()
   c.segmentation = ml_collections.ConfigDict({"bce": 1.0, "dice": 1.0})
-  # Everything from scratch: the published encoders are an extra.
+  # Published encoder weights need an extra.
   c.encoder_weights = False
 
   c.teachers = ml_collections.ConfigDict()
