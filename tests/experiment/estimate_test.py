@@ -82,11 +82,9 @@ def test_leaves_the_workdir_as_it_is(items, folder):
   assert not (folder / "run").exists()
 
 
-@pytest.mark.parametrize("at_once", [1, 2])
-def test_what_is_there_already_is_not_counted(config, folder, at_once):
-  config = config.copy_and_resolve_references()
-  config.seeds_at_once = at_once
-  workdir = folder / f"half{at_once}"
+def test_what_is_there_already_is_not_counted(config, folder, monkeypatch):
+  monkeypatch.setattr(estimate, "_median", lambda function, repeats: 1.0)
+  workdir = folder / "half"
   arrays = {"params": {"x": np.zeros(1)}}
   checkpoint.save_variables(workdir / "teachers" / "teacher_vit", arrays, {})
   for seed in (0, 1, 2):
