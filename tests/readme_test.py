@@ -319,11 +319,6 @@ def test_the_readmes_term_is_one_value_an_image(shown):
   assert (term(edges, flat, None, None) > 0).all()
 
 
-def test_the_readmes_region_is_the_left_half(shown):
-  region = shown["left_half"](jnp.zeros((2, 4, 4)), 5)
-  assert region.mean((0, 1)).tolist() == [1.0, 1.0, 0.0, 0.0]
-
-
 def test_the_readmes_data_set_is_prepared_and_read(shown, tmp_path):
   images, masks = tiny.draw_lesions(40)
   folder = tmp_path / "pictures"
