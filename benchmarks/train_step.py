@@ -74,7 +74,7 @@ WAYS = {
   "torch_compiled": "torch.compile",
 }
 
-# As in configs/isic2016.py and, what it leaves out, stage.Training.
+# As in configs/isic2016.py and, what it leaves out, settings.TrainConfig.
 LEARNING_RATE = 3e-3
 WEIGHT_DECAY = 1e-3
 CLIP_NORM = 1.0
