@@ -525,6 +525,8 @@ def main() -> None:
   parser.add_argument("--device", choices=tuple(TORCH_DEVICE), default="cpu")
   parser.add_argument("--out", type=pathlib.Path, help="a CSV file")
   options = parser.parse_args()
+  if "GLIBC_TUNABLES" not in os.environ:
+    print("no huge pages: GLIBC_TUNABLES is not set, see --help")
   memory.keep_freed()
 
   device = options.device

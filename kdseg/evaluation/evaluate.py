@@ -38,7 +38,7 @@ def probabilities(
 ) -> Iterator[tuple[int, np.ndarray]]:
   """Yields (example, probability [S, S] float32) for every example, once.
 
-  With several hosts each yields its share of every batch.
+  Each of several hosts yields its share of every batch.
 
   Args:
     predict: `step.make_predict`, mapped over the devices.
@@ -46,19 +46,19 @@ def probabilities(
     arrays: the examples.
     batch_size: examples a call, of all hosts; the last call is padded.
     tta: "none", or "dihedral", the mean over eight orientations.
-    encoder_features: what a frozen encoder made of the examples, by name,
+    encoder_features: outputs of a frozen encoder for the examples, by name,
       [orientations, N, ...].
 
   Raises:
     ValueError: on an unknown `tta`.
   """
-  for batch in _answered(
+  for batch in _predict_batches(
     predict, variables, arrays, batch_size, tta, encoder_features
   ):
     yield from batch
 
 
-def _answered(
+def _predict_batches(
   predict: Predict,
   variables: Tree,
   arrays: loading.Arrays,
@@ -67,7 +67,7 @@ def _answered(
   encoder_features: Mapping[str, np.ndarray] | None = None,
   first: int = 0,
 ) -> Iterator[list[tuple[int, np.ndarray]]]:
-  """Yields what `probabilities` does a batch, from batch `first` on."""
+  """Yields the results of `probabilities` by batch, from batch `first` on."""
   if tta not in TTA_MODES:
     raise ValueError(
       f"test-time averaging must be one of {', '.join(TTA_MODES)}: {tta!r}"
@@ -92,9 +92,9 @@ def _answered(
           name: np.asarray(values[orientation][batch["index"]])
           for name, values in encoder_features.items()
         }
-      answer = np.asarray(predict(variables, devices.shard(given)))
-      answer = answer.reshape(-1, *answer.shape[2:])
-      total = total + orientations.restore_orientation(answer, orientation)
+      found = np.asarray(predict(variables, devices.shard(given)))
+      found = found.reshape(-1, *found.shape[2:])
+      total = total + orientations.restore_orientation(found, orientation)
     yield [
       (int(batch["index"][i]), total[i] / count) for i in np.flatnonzero(real)
     ]
@@ -155,13 +155,12 @@ def score(
     tta: see `probabilities`.
     keep: called with (id, predicted mask [h, w] bool) for every image; on the
       first host, if there are several.
-    before: the rows of the first batches, a list a batch, that a call which
-      was stopped had noted; those batches are not predicted again.
-    note: called with the rows of each batch once its masks are kept; on every
-      host.
+    before: the rows that a stopped call passed to `note`, a list a batch;
+      these batches, the first ones, are not predicted again.
+    note: called with the rows of each batch after `keep`; on every host.
   """
   rows = [row for batch in before for row in batch]
-  for batch in _answered(
+  for batch in _predict_batches(
     predict, variables, arrays, batch_size, tta, first=len(before)
   ):
     scored: list[tuple[int, Row, Any]] = []
