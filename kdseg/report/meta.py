@@ -106,7 +106,7 @@ def bootstrap(meta: Meta) -> dict[str, Any]:
 def protocol_line(
   dataset: str, here: Mapping[str, Mapping[int, Sequence[Row]]], meta: Meta
 ) -> str:
-  """Returns how the scores of a data set were made, to print below tables."""
+  """Returns how the scores of a data set were made, to print above tables."""
   rows = [
     row
     for by_seed in here.values()

@@ -1,4 +1,4 @@
-"""The tables of a report, each with its protocol: table.md, .csv and .tex."""
+"""The tables of a report: table.md, .csv and .tex."""
 
 from collections.abc import Iterable
 from collections.abc import Sequence
@@ -39,10 +39,24 @@ def make_tables(rows: Iterable[cells.Row], meta: Meta) -> dict[str, str]:
   """
   summary = summarize(rows, meta)
   tables = _tables(summary)
+  # In LaTeX, tables float: the first one of a data set states the protocol.
+  floats = [
+    dataclasses.replace(
+      table, notes=(summary.protocol[table.title], *table.notes)
+    )
+    if table.title in summary.protocol
+    else table
+    for table in tables
+  ]
   return {
-    "table.md": writers.markdown(tables, summary.warnings, summary.notes),
+    "table.md": writers.markdown(
+      tables,
+      protocol=list(summary.protocol.values()),
+      warnings=summary.warnings,
+      notes=summary.notes,
+    ),
     "table.csv": _csv(summary),
-    "table.tex": writers.latex(tables, summary.warnings),
+    "table.tex": writers.latex(floats, summary.warnings),
   }
 
 
@@ -104,20 +118,16 @@ def _comparison_cells(comparison: Comparison | None) -> list[Any]:
 def _tables(summary: Summary) -> list[Table]:
   tables = []
   share = f"{summary.level:.0%}".replace("%", " %")
-  for dataset, protocol in summary.protocol.items():
+  for dataset in summary.protocol:
     arms = [arm for arm in summary.arms if arm.dataset == dataset]
     compared = [c for c in summary.comparisons if c.dataset == dataset]
-    made = [_main_table(dataset, arms, summary.gates[dataset])]
+    tables.append(_main_table(dataset, arms, summary.gates[dataset]))
     if compared:
-      made.append(_dice_differences(dataset, compared, share))
-      made.append(_other_differences(dataset, compared, share))
-    made.append(_other_metrics(dataset, arms))
+      tables.append(_dice_differences(dataset, compared, share))
+      tables.append(_other_differences(dataset, compared, share))
+    tables.append(_other_metrics(dataset, arms))
     if any(arm.groups for arm in arms):
-      made.append(_groups_table(dataset, arms))
-    tables += [
-      dataclasses.replace(table, notes=(protocol, *table.notes))
-      for table in made
-    ]
+      tables.append(_groups_table(dataset, arms))
   return tables
 
 

@@ -21,12 +21,21 @@ class Table:
 
 
 def markdown(
-  tables: Sequence[Table], warnings: Sequence[str], notes: Sequence[str]
+  tables: Sequence[Table],
+  *,
+  protocol: Sequence[str],
+  warnings: Sequence[str],
+  notes: Sequence[str],
 ) -> str:
-  """Writes GitHub-flavoured markdown: the warnings first, the notes last."""
+  """Writes GitHub-flavoured markdown.
+
+  The warnings and the protocol come first, the notes last.
+  """
   lines = ["# Scores", ""]
   for warning in warnings:
     lines += [f"> **Warning.** {_escape_markdown(warning)}.", ""]
+  for line in protocol:
+    lines += [_escape_markdown(line), ""]
   for table in tables:
     lines += [f"## {_escape_markdown(table.title)}", ""]
     lines.append(_markdown_row(table.header))
@@ -43,8 +52,8 @@ def markdown(
 
 
 def latex(tables: Sequence[Table], warnings: Sequence[str]) -> str:
-  r"""Writes tables for `\input`; they need the package booktabs."""
-  lines = [r"% Needs \usepackage{booktabs} and \usepackage[T1]{fontenc}."]
+  r"""Writes tables for `\input`; the first line names their packages."""
+  lines = [f"% Needs {' '.join(_PACKAGES)}."]
   for warning in warnings:
     # On one line: what follows a line end in an id would be no comment.
     lines.append(f"% Warning: {' '.join(warning.split())}.")
@@ -54,8 +63,7 @@ def latex(tables: Sequence[Table], warnings: Sequence[str]) -> str:
       "",
       r"\begin{table}",
       r"\centering",
-      rf"\caption{{{_escape_latex(table.title)}. "
-      rf"{_escape_latex(' '.join(table.notes))}}}",
+      rf"\caption{{{_escape_latex(table.title)}}}",
       r"\resizebox{\linewidth}{!}{%",
       rf"\begin{{tabular}}{{{columns}}}",
       r"\toprule",
@@ -64,6 +72,10 @@ def latex(tables: Sequence[Table], warnings: Sequence[str]) -> str:
       *(_latex_row(row) for row in table.rows),
       r"\bottomrule",
       r"\end{tabular}}",
+      # Not in the caption: TeX sets that in one line first, whose length is
+      # limited.
+      r"\par\smallskip\scriptsize\raggedright",
+      _escape_latex(" ".join(table.notes)),
       r"\end{table}",
     ]
   return "\n".join(lines) + "\n"
@@ -81,16 +93,25 @@ def _escape_markdown(text: str) -> str:
   text = re.sub(r"\](?=[(\[:])", r"\\]", text)
   # Within a word, as in the names of arms, an underscore is plain already.
   text = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)
-  text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+  # Only what starts an entity or a tag, so that "p > 0.5" is read as it is.
+  text = re.sub(r"&(?=#?\w+;)", "&amp;", text)
+  text = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)
   text = re.sub(r"(?i)(https?|ftp)://", r"\1:&#47;/", text)
   text = re.sub(r"(?i)\bwww\.", "www&#46;", text)
   text = text.replace("@", "&#64;")
   # The sign of a number stays: it starts no formula.
-  if text[:1] in ("=", "+", "-") and not re.match(r"-$|[+-][\d.]+(\s|$)", text):
+  if text[:1] in ("=", "+", "-", ">") and not re.match(
+    r"-$|[+-][\d.]+(\s|$)", text
+  ):
     text = "\\" + text
   return text
 
 
+_PACKAGES = (
+  r"\usepackage{booktabs}",
+  r"\usepackage{graphicx}",
+  r"\usepackage[T1]{fontenc}",
+)
 _LATEX: dict[str, str | int | None] = {
   **{character: rf"\{character}" for character in "&%$#_{}"},
   **{character: f"{{{character}}}" for character in "[]*"},

@@ -112,16 +112,15 @@ class TestMarkdown:
     assert got["Dice, pooled"] == "0.5000"
     assert got["Jaccard, pooled"] == "0.3333"
 
-  def test_every_table_carries_its_protocol(self, rows):
+  def test_the_protocol_of_each_data_set_stands_once_at_the_head(self, rows):
     more = make_rows(NONE, 0.8, dataset="isic2016_test")
-    meta = {**META, "groups": {"some": ["1", "2"]}}
-    text = tables.make_tables(rows + more, meta)["table.md"]
-    sections = text.split("\n## ")[1:]
-    assert len(sections) == 8  # ph2: 5, isic2016_test: 3
-    for section in sections:
-      name = section.split("\n")[0].split(":")[0]
-      assert f"Protocol: {name}, n = 12" in section
-      assert "751 of 900 (a subset)" in section
+    text = tables.make_tables(rows + more, META)["table.md"]
+    head = text.partition("\n## ")[0]
+    for name in ("ph2", "isic2016_test"):
+      assert head.count(f"Protocol: {name}, n = 12") == 1
+    assert "751 of 900 (a subset)" in head
+    assert "lesion where p > " in head
+    assert text.count("Protocol:") == 2
 
   def test_the_difference_has_intervals_and_a_verdict(self, rows):
     text = tables.make_tables(rows, META)["table.md"]
@@ -138,7 +137,7 @@ class TestMarkdown:
     few = make_rows(NONE, 0.8, images=40) + make_rows(M2BF, 0.9, images=40)
     text = tables.make_tables(few, META)["table.md"]
     header, _, row = markdown_tables(text)[1]
-    assert dict(zip(header, row))["Wilcoxon p"] == "&lt; 0.0001"
+    assert dict(zip(header, row))["Wilcoxon p"] == "< 0.0001"
 
   def test_warnings_come_first(self):
     text = tables.make_tables(make_rows(M2BF, 0.8), META)["table.md"]
@@ -275,6 +274,36 @@ class TestNames:
   def test_no_name_leaves_a_comment_of_latex(self, texts):
     for line in texts["table.tex"].split("\n"):
       assert not line.startswith(("lines", "% two"))
+
+
+class TestLatex:
+  # Of the LaTeX kernel and the class article.
+  KERNEL = frozenset(
+    (
+      *("begin", "end", "caption", "centering", "linewidth", "pm", "par"),
+      *("raggedright", "scriptsize", "smallskip", "textasciicircum", "textbar"),
+      *("textasciitilde", "textbackslash", "textgreater", "textless"),
+    )
+  )
+  PACKAGES = {  # noqa: RUF012
+    "toprule": "{booktabs}",
+    "midrule": "{booktabs}",
+    "bottomrule": "{booktabs}",
+    "resizebox": "{graphicx}",
+    "textquotedbl": "[T1]{fontenc}",
+  }
+
+  def test_its_head_names_the_package_of_every_command(self, texts):
+    head, _, body = texts["table.tex"].partition("\n")
+    body = re.sub(r"(?m)^%.*", "", body).replace(r"\\", "")
+    for name in set(re.findall(r"\\([A-Za-z]+)", body)) - self.KERNEL:
+      assert rf"\usepackage{self.PACKAGES[name]}" in head
+
+  def test_the_protocol_stands_once_for_each_data_set(self, rows):
+    more = make_rows(NONE, 0.8, dataset="isic2016_test")
+    text = tables.make_tables(rows + more, META)["table.tex"]
+    for name in ("ph2", r"isic2016\_test"):
+      assert text.count(f"Protocol: {name}, n = 12") == 1
 
 
 class TestCsv:
