@@ -22,9 +22,16 @@ MAX_FILE_BYTES = 256 * 2**20
 
 # The last one is how macOS calls a folder's own icon.
 _IGNORED_NAMES = frozenset({"thumbs.db", "desktop.ini", "icon\r"})
-_IGNORED_STEMS = (
+# What describes a data set begins so and is a document, never a picture.
+_DOCUMENT_STEMS = (
   *("readme", "license", "licence", "copying", "attribution", "citation"),
   *("md5sum", "sha256sum"),
+)
+_DOCUMENT_SUFFIXES = frozenset(
+  {
+    *("", ".txt", ".md", ".rst", ".pdf", ".html", ".htm", ".rtf"),
+    *(".doc", ".docx", ".odt", ".csv", ".json", ".bib", ".cff", ".yaml"),
+  }
 )
 
 
@@ -137,7 +144,10 @@ def _is_ignored(path: str) -> bool:
     any(d == "__MACOSX" or d.startswith(".") for d in directories)
     or name.startswith(".")
     or name.lower() in _IGNORED_NAMES
-    or name.lower().startswith(_IGNORED_STEMS)
+    or (
+      name.lower().startswith(_DOCUMENT_STEMS)
+      and pathlib.PurePosixPath(name).suffix.lower() in _DOCUMENT_SUFFIXES
+    )
   )
 
 
@@ -189,8 +199,9 @@ def _list_zip(path: pathlib.Path) -> list[File]:
     ) from None
   files = []
   for member in archive.infolist():
-    if not member.is_dir() and not _is_ignored(member.filename):
-      name, size = member.filename, member.file_size
+    # Some packers of Windows write backslashes, against the format.
+    name, size = member.filename.replace("\\", "/"), member.file_size
+    if not name.endswith("/") and not _is_ignored(name):
       where = f"{path}: {shown(name)}"
       _check_size(where, size)
       read = functools.partial(_read_member, archive, member, where)

@@ -13,6 +13,7 @@ import hashlib
 import re
 import types
 from typing import NamedTuple
+import unicodedata
 
 from kdseg.data import archives
 from kdseg.data.archives import DataError
@@ -102,13 +103,18 @@ class Sorted(NamedTuple):
 def sort_by_id(
   files: Iterable[File], find_id: Callable[[File], str | None]
 ) -> Sorted:
-  """Sorts files by the id that `find_id` gives each; None makes a stranger."""
+  """Sorts files by the id that `find_id` gives each; None makes a stranger.
+
+  Ids are composed (NFC): macOS and others write one letter by different bytes.
+  """
   found = Sorted({}, [], [])
   for file in files:
     id_ = find_id(file)
     if id_ is None:
       found.strangers.append(file.path)
-    elif id_ in found.files:
+      continue
+    id_ = unicodedata.normalize("NFC", id_)
+    if id_ in found.files:
       found.problems.append(
         f"{file.source} has {id_} twice ({found.files[id_].path}, {file.path});"
         " keep one."
@@ -145,9 +151,12 @@ def match(
     if not ids:
       return []
     source = next(iter(others.values())).source if others else "the data set"
+    cased = {id_.casefold(): id_ for id_ in others.keys() - files.keys()}
+    near = [cased[i.casefold()] for i in ids if i.casefold() in cased]
+    hint = f" {listing(near)} differ by case only: rename." if near else ""
     return [
       f"{listing(ids)}: no {other} in {source} for {len(ids)} of {len(files)}"
-      f" {kind}s. Add it under the same name, or remove the {kind}."
+      f" {kind}s. Add it under the same name, or remove the {kind}.{hint}"
     ]
 
   return (

@@ -1,4 +1,5 @@
 import os
+import zipfile
 
 import pytest
 import tiny_archives as tiny
@@ -43,6 +44,8 @@ def test_stamp_changes_with_a_name_and_with_a_size(tmp_path):
     "README.txt",
     "A/readme.md",
     "LICENSE",
+    "CITATION.cff",
+    "attribution.csv",
     "A/.hidden/x.png",
   ],
 )
@@ -53,6 +56,26 @@ def test_leaves_out_what_does_not_belong(tmp_path, name):
     tiny.write_folder(tmp_path / "B", files),
   ):
     assert [file.path for file in archives.list_files(path)] == sorted(FILES)
+
+
+@pytest.mark.parametrize("stem", ["license_7", "readme", "Copying_1"])
+@pytest.mark.parametrize("suffix", [".png", ".JPG", ".bmp", ".tif"])
+def test_a_picture_is_never_taken_for_a_document(tmp_path, stem, suffix):
+  name = f"A/{stem}{suffix}"
+  for path in (
+    tiny.write_zip(tmp_path / "A.zip", {name: b"."}),
+    tiny.write_folder(tmp_path / "B", {name: b"."}),
+  ):
+    assert [file.path for file in archives.list_files(path)] == [name]
+
+
+def test_members_with_backslashes_are_read(tmp_path):
+  path = tmp_path / "a.zip"
+  with zipfile.ZipFile(path, "w") as archive:
+    for name in ("A\\", "A\\x.png", "__MACOSX\\._x.png"):
+      archive.writestr(zipfile.ZipInfo(name), b"content")
+  [file] = archives.list_files(path)
+  assert (file.path, file.name, file.read()) == ("A/x.png", "x.png", b"content")
 
 
 def test_a_rar_is_refused_with_the_command_to_unpack_it(tmp_path):

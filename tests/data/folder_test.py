@@ -230,6 +230,34 @@ def test_ids_whose_predictions_would_share_a_name_are_named(
     folder.take_inventory(tmp_path).check()
 
 
+def test_names_match_however_their_letters_are_composed(tmp_path):
+  image, mask = (
+    tiny.encode(tiny.picture(0), "PNG"), tiny.mask_bytes(tiny.lesion(0)),
+  )  # fmt: skip
+  files = {"images/la\u0308sion.png": image, "masks/l\xe4sion.png": mask}
+  found = folder.take_inventory(tiny.write_folder(tmp_path / "a", files))
+  found.check()
+  assert [p.id for pairs in found.splits.values() for p in pairs] == [
+    "l\xe4sion"
+  ]
+  files |= {"images/l\xe4sion.png": image}
+  found = folder.take_inventory(tiny.write_folder(tmp_path / "b", files))
+  with pytest.raises(DataError, match="has l\xe4sion twice"):
+    found.check()
+
+
+def test_ids_that_differ_by_case_only_are_refused_with_the_reason(
+  tmp_path, make_folder
+):
+  make_folder(tmp_path, ["a1", "A1"])
+  with pytest.raises(DataError, match=r"called a1\.png on a disk that ignores"):
+    folder.take_inventory(tmp_path).check()
+  for kind, name in (("images", "a1"), ("masks", "A1")):
+    (tmp_path / kind / f"{name}.png").unlink()
+  with pytest.raises(DataError, match=r"A1: no mask .* a1 differ by case only"):
+    folder.take_inventory(tmp_path).check()
+
+
 @pytest.mark.parametrize("raw", [b"caf\xe9", b"a\nok: b", b"\x1b[2J"])
 def test_an_id_that_would_break_a_table_is_named(tmp_path, make_folder, raw):
   make_folder(tmp_path, [os.fsdecode(raw)])

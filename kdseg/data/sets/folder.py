@@ -201,6 +201,8 @@ def _unfit_ids(
     for id_ in (pair.id for pair in found):
       where = f"{directory}: {id_}"
       flat = id_.replace("/", "_")
+      # Disks of macOS and Windows do not tell upper from lower case.
+      folded = flat.casefold()
       if split_of_id.setdefault(id_, split) != split:
         problems.append(
           f"{where} is in both {split_of_id[id_]}/ and {split}/. Remove one, or"
@@ -211,9 +213,11 @@ def _unfit_ids(
           f"{where} is too long for the name of a prediction, {flat}.png (more"
           f" than {MAX_NAME_BYTES} bytes). Rename it."
         )
-      if taken.setdefault(flat, id_) != id_:
+      if (other := taken.setdefault(folded, id_)) != id_:
+        only_case = id_.casefold() == other.casefold()
+        why = " on a disk that ignores case" if only_case else ""
         problems.append(
-          f"{where} and {taken[flat]} would both have predictions called"
-          f" {flat}.png. Rename one."
+          f"{where} and {other} would both have predictions called"
+          f" {flat}.png{why}. Rename one."
         )
   return problems
