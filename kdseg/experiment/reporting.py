@@ -33,7 +33,7 @@ def write_report(run: Run, data: Data) -> None:
   rows = scores_lib.read(workdir / "scores.csv")
   meta = _describe(run, data)
   checkpoint.write_json(workdir / "report.json", meta)
-  cases, title = _pick_cases(workdir, data, rows)
+  cases, title = _pick_cases(workdir, data, rows, meta)
   if cases:
     with files.whole(workdir / "overlays.png") as file:
       overlays.overlays(cases, title=title).save(file, "PNG")
@@ -192,29 +192,42 @@ def _validation_dice(run: Run) -> dict[str, dict[str, float]]:
 
 
 def _pick_cases(
-  workdir: pathlib.Path, data: Data, rows: list[scores_lib.Row]
+  workdir: pathlib.Path,
+  data: Data,
+  rows: list[scores_lib.Row],
+  meta: dict[str, Any],
 ) -> tuple[list[overlays.Case], str]:
-  """Picks from the first seed of every arm on the first test set; a title."""
+  """Picks from the first seed of some arms on the first test set; a title."""
   test, arrays = next(iter(data.tests.items()))
+  groups: dict[str, tuple[scores_lib.Group, list[scores_lib.Row]]] = {}
+  for group, members in scores_lib.groups(rows).items():
+    if group[2] == test:
+      groups.setdefault(group[0], (group, members))
+  shown, baseline, arm = overlays.choose_columns(groups, meta)
+  title = (
+    f"{test}, first seed, {len(shown)} of {len(groups)} arms\n"
+    f"worst, median and best of {baseline}"
+  )
+  if arm is not None:
+    title += f"; most improved and worsened: {arm} against it"
+  picked = overlays.pick(groups[baseline][1], groups[arm][1] if arm else None)
   index = {identity: i for i, identity in enumerate(arrays.ids)}
-  cases, seen = [], set()
-  for (arm, seed, dataset), group in scores_lib.groups(rows).items():
-    if dataset != test or arm in seen:
-      continue
-    seen.add(arm)
-    dice = {str(row["id"]): float(row["dice"]) for row in group}
-    for rank, identity in overlays.pick(group).items():
+  cases = []
+  for name in shown:
+    group, members = groups[name]
+    dice = {str(row["id"]): float(row["dice"]) for row in members}
+    for rank, identity in picked.items():
       i = index[identity]
       truth = arrays.native_mask(i)
       image = Image.fromarray(arrays.image[i]).resize(truth.shape[::-1])
-      path = scoring.prediction_path(workdir, (arm, seed, test), identity)
+      path = scoring.prediction_path(workdir, group, identity)
       if not path.exists():
         _LOG.warning("overlays.png goes without %s, which is not there", path)
         continue
       with Image.open(path) as prediction:
         cases.append(
           overlays.Case(
-            arm=arm,
+            arm=name,
             rank=rank,
             id=identity,
             dice=dice[identity],
@@ -223,4 +236,4 @@ def _pick_cases(
             prediction=np.asarray(prediction.convert("L")) > 0,
           )
         )
-  return cases, f"{test}, first seed of each arm"
+  return cases, title

@@ -1,8 +1,8 @@
 """A picture of cases: the lesion as annotated and as predicted, outlined.
 
-A mean hides lost lesions, so the worst and the median case are shown beside
-the best. `pick` chooses them by Dice, `overlays` draws them, one column an arm,
-one row a rank.
+A mean hides lost lesions. `choose_columns` chooses the arms to show, `pick` the
+images, by what the baseline and one arm make of them, and `overlays` draws
+them: one column an arm, one row an image, so that a row compares the arms.
 """
 
 from collections.abc import Iterable
@@ -15,9 +15,10 @@ from PIL import ImageDraw
 from PIL import ImageFont
 import scipy.ndimage
 
+from kdseg.report import meta as meta_lib
 from kdseg.report import scores
 
-RANKS = ("worst", "median", "best")
+COLUMNS = 6  # at most: more are too many to look at
 # Distinct in any colour vision, and from skin and lesions.
 TRUTH_COLOUR = (0, 229, 255)
 PREDICTION_COLOUR = (255, 214, 0)
@@ -47,27 +48,77 @@ class Case:
   prediction: np.ndarray
 
 
-def pick(rows: Iterable[scores.Row]) -> dict[str, str]:
-  """Chooses the images to show of one arm, by Dice.
+def choose_columns(
+  arms: Iterable[str], meta: meta_lib.Meta
+) -> tuple[list[str], str, str | None]:
+  """Chooses the arms to show: a teacher, the baseline, then the others.
+
+  The others are those that the primary family names, then those of the same
+  student, then the rest, each in their order.
 
   Args:
-    rows: of scores.csv, one group (an arm, a seed, a data set).
+    arms: those that were scored.
+    meta: of report.json; see `report.meta`.
 
   Returns:
-    Rank -> id, the same one whatever the order of the rows: ties go by id,
-    and of an even number the lower median is taken.
+    At most `COLUMNS` arms; the baseline (one of them; the first arm if none was
+    scored); the arm that is compared with it, None if there is no other.
+  """
+  arms = list(dict.fromkeys(arms))
+  students = [arm for arm in arms if not meta_lib.is_teacher(arm)]
+  teachers = [arm for arm in arms if arm not in students]
+  if meta.get("teacher") in teachers:
+    teachers = [meta["teacher"]]
+  primary = meta_lib.primary(meta)
+  named = [arm for _, arm, _ in primary] + [other for _, _, other in primary]
+  ordered = [arm for arm in named if arm in students] + students
+  if not ordered:
+    return teachers[:COLUMNS], teachers[0], None
+  baseline = meta_lib.baseline_of(ordered[0], meta)
+  if baseline not in students:
+    baseline = ordered[0]
+  student = baseline.partition("-")[0]
+  ordered.sort(key=lambda arm: arm.partition("-")[0] != student)
+  others = [arm for arm in dict.fromkeys(ordered) if arm != baseline]
+  shown = [*teachers[:1], baseline, *others][:COLUMNS]
+  return shown, baseline, others[0] if others else None
+
+
+def pick(
+  baseline: Iterable[scores.Row], arm: Iterable[scores.Row] | None = None
+) -> dict[str, str]:
+  """Chooses the images to show, by Dice.
+
+  Args:
+    baseline: rows of scores.csv, one group (an arm, a seed, a data set).
+    arm: the same images, as another arm predicts them.
+
+  Returns:
+    Rank -> id: the baseline's "worst", "median" and "best", and the arm's "most
+    improved" and "most worsened" against it. The same ones whatever the order
+    of the rows: ties go by id, and of an even number the lower median is taken.
 
   Raises:
     ValueError: on no row, or rows of several groups.
   """
-  rows = list(rows)
-  if len(scores.groups(rows)) != 1:
-    raise ValueError(
-      f"cases are picked from one group, got {len(scores.groups(rows))}"
-    )
-  ordered = sorted(rows, key=lambda row: (row["dice"], row["id"]))
+  dice = _dice(baseline)
+  ordered = sorted(dice, key=lambda identity: (dice[identity], identity))
   places = (0, (len(ordered) - 1) // 2, len(ordered) - 1)
-  return {rank: str(ordered[place]["id"]) for rank, place in zip(RANKS, places)}
+  picked = dict(zip(("worst", "median", "best"), (ordered[i] for i in places)))
+  if arm is not None:
+    other = _dice(arm)
+    gains = [(other[identity] - dice[identity], identity) for identity in dice]
+    picked["most improved"] = min(gains, key=lambda g: (-g[0], g[1]))[1]
+    picked["most worsened"] = min(gains)[1]
+  return picked
+
+
+def _dice(rows: Iterable[scores.Row]) -> dict[str, float]:
+  found = scores.groups(rows)
+  if len(found) != 1:
+    raise ValueError(f"cases are picked from one group, got {len(found)}")
+  [group] = found.values()
+  return {str(row["id"]): float(row["dice"]) for row in group}
 
 
 def overlays(cases: Sequence[Case], *, title: str = "") -> Image.Image:
@@ -76,13 +127,14 @@ def overlays(cases: Sequence[Case], *, title: str = "") -> Image.Image:
   Args:
     cases: at least one; columns are arms, rows are ranks, both in the order of
       their first appearance. A pair without a case stays blank.
-    title: a line above, for example the data set and the seed.
+    title: lines above, for example the data set and the seed.
   """
   arms = list(dict.fromkeys(case.arm for case in cases))
   ranks = list(dict.fromkeys(case.rank for case in cases))
   placed = {(case.arm, case.rank): case for case in cases}
   tiles = {place: _outlined(case) for place, case in placed.items()}
 
+  titles = title.split("\n") if title else []
   big, normal, small = (ImageFont.load_default(size) for size in (22, 17, 15))
   left = _MARGIN + max(int(normal.getlength(rank)) for rank in ranks) + 16
   heights = [
@@ -92,15 +144,15 @@ def overlays(cases: Sequence[Case], *, title: str = "") -> Image.Image:
   # The legend and the title may be wider than one column.
   width = max(
     left + len(arms) * (_TILE + _GAP) - _GAP + _MARGIN,
-    int(big.getlength(title)) + 2 * _MARGIN,
+    *(int(big.getlength(line)) + 2 * _MARGIN for line in titles),
     left + 330,
   )
-  top = _MARGIN + (38 if title else 0) + 34
+  top = _MARGIN + 30 * len(titles) + (8 if title else 0) + 34
   height = top + 32 + sum(heights) + len(ranks) * (30 + _GAP) - _GAP + _MARGIN
   canvas = Image.new("RGB", (width, height), "white")
   draw = ImageDraw.Draw(canvas)
-  if title:
-    draw.text((_MARGIN, _MARGIN), title, _INK, big, anchor="lt")
+  for i, line in enumerate(titles):
+    draw.text((_MARGIN, _MARGIN + 30 * i), line, _INK, big, anchor="lt")
   _legend(draw, (left, top - 26), small)
   columns = {arm: left + i * (_TILE + _GAP) for i, arm in enumerate(arms)}
   for arm, x in columns.items():

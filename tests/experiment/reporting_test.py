@@ -2,6 +2,7 @@ import json
 import os
 import shutil
 
+import numpy as np
 from PIL import Image
 from tiny_run import copy
 from tiny_run import make_run
@@ -9,6 +10,7 @@ from tiny_run import make_run
 from kdseg.evaluation import evaluate
 from kdseg.experiment import reporting
 from kdseg.experiment import run
+from kdseg.report import scores
 from kdseg.training import stage
 
 
@@ -30,6 +32,33 @@ def test_the_picture_shows_something(finished):
   with Image.open(finished.workdir / "overlays.png") as image:
     assert min(image.size) > 40
     assert len(image.getcolors(1 << 24)) > 100
+
+
+def test_each_row_of_the_picture_shows_one_image_of_every_arm(
+  finished, tmp_path, monkeypatch
+):
+  workdir = copy(finished, tmp_path / "run")
+  drawn = []
+
+  def draw(cases, *, title):
+    assert "3 of 3 arms\nworst, median and best of patch_unet-none" in title
+    assert "improved and worsened: patch_unet-mbf against it" in title
+    drawn.extend(cases)
+    return Image.new("RGB", (1, 1))
+
+  monkeypatch.setattr(reporting.overlays, "overlays", draw)
+  (workdir / ".reported").unlink()
+  run.run(finished.config, workdir)
+  shown = {(case.arm, case.rank): case for case in drawn}
+  arms = list(dict.fromkeys(arm for arm, _ in shown))
+  assert arms == ["teacher_unet", "patch_unet-none", "patch_unet-mbf"]
+  assert len(shown) == len(drawn) == 3 * 5
+  rows = scores.read(workdir / "scores.csv")
+  dice = {(row["arm"], row["id"]): row["dice"] for row in rows}
+  for (arm, rank), case in shown.items():
+    assert case.id == shown[arms[0], rank].id
+    np.testing.assert_array_equal(case.image, shown[arms[0], rank].image)
+    assert case.dice == dice[arm, case.id]
 
 
 def test_the_primary_family_is_written_down_with_what_chooses_in_it(

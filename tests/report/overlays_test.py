@@ -27,7 +27,7 @@ def make_case(arm="student-none", rank="worst", height=64, width=64, **kwargs):
   return dataclasses.replace(case, **kwargs)
 
 
-def grid(arms, ranks=overlays.RANKS, **kwargs):
+def grid(arms, ranks, **kwargs):
   return [make_case(arm, rank, **kwargs) for rank in ranks for arm in arms]
 
 
@@ -57,6 +57,44 @@ def at(tile, row, column, height=64, width=64):
   )
 
 
+class TestChooseColumns:
+  TEACHER, NONE, MBF = "teacher_vit", "s-none", "s-mbf"
+
+  def test_takes_the_teacher_the_baseline_and_the_others_in_their_order(self):
+    arms = [self.MBF, "s-kd", self.NONE, self.TEACHER]
+    assert overlays.choose_columns(arms, {}) == (
+      [self.TEACHER, self.NONE, self.MBF, "s-kd"],
+      self.NONE,
+      self.MBF,
+    )
+
+  def test_of_many_arms_takes_the_primary_ones(self):
+    arms = [self.TEACHER, "s-none", "t-none", "t-m2bf"]
+    arms += [f"t-a{i}" for i in range(40)]
+    primary = [
+      {"dataset": "ph2", "arm": "t-m2bf", "against": "t-a9"},
+      {"dataset": "ph2", "arm": "t-a7", "against": ["t-unknown"]},
+    ]
+    shown, baseline, arm = overlays.choose_columns(arms, {"primary": primary})
+    assert shown == [
+      *(self.TEACHER, "t-none", "t-m2bf", "t-a7", "t-a9", "t-a0")
+    ]
+    assert (baseline, arm) == ("t-none", "t-m2bf")
+
+  def test_takes_the_teacher_of_the_students_and_no_other(self):
+    arms = ["teacher_a", "teacher_b", self.NONE]
+    shown, *_ = overlays.choose_columns(arms, {"teacher": "teacher_b"})
+    assert shown == ["teacher_b", self.NONE]
+
+  def test_without_a_baseline_the_first_student_takes_its_place(self):
+    got = overlays.choose_columns(["s-kd", self.MBF], {})
+    assert got == (["s-kd", self.MBF], "s-kd", self.MBF)
+
+  def test_a_teacher_alone_is_compared_with_nothing(self):
+    got = overlays.choose_columns([self.TEACHER], {})
+    assert got == ([self.TEACHER], self.TEACHER, None)
+
+
 class TestPick:
   def rows(self, dices):
     return [
@@ -68,6 +106,17 @@ class TestPick:
     got = overlays.pick(self.rows([0.5, 0.9, 0.1, 0.7, 0.6]))
     assert got == {"worst": "2", "median": "4", "best": "1"}
 
+  def test_takes_what_another_arm_improved_and_worsened_most(self):
+    baseline = self.rows([0.5, 0.9, 0.1, 0.7, 0.6])
+    got = overlays.pick(baseline, self.rows([0.6, 0.8, 0.3, 0.3, 0.6]))
+    assert got == {
+      "worst": "2",
+      "median": "4",
+      "best": "1",
+      "most improved": "2",
+      "most worsened": "3",
+    }
+
   def test_an_even_number_has_a_lower_median(self):
     assert overlays.pick(self.rows([0.1, 0.2, 0.3, 0.4]))["median"] == "1"
 
@@ -78,6 +127,8 @@ class TestPick:
     rows = self.rows([0.5, 0.5, 0.5])
     assert overlays.pick(rows) == overlays.pick(rows[::-1])
     assert overlays.pick(rows)["worst"] == "0"
+    assert overlays.pick(rows, rows[::-1])["most improved"] == "0"
+    assert overlays.pick(rows, rows[::-1])["most worsened"] == "0"
 
   def test_several_groups_are_refused(self):
     rows = self.rows([0.5, 0.6])
@@ -171,8 +222,9 @@ class TestOverlays:
     bare = overlays.overlays([make_case()])
     titled = overlays.overlays([make_case()], title="isic2016_test, seed 0")
     assert titled.height > bare.height
-    longer = overlays.overlays([make_case()], title="a long title " * 9)
+    longer = overlays.overlays([make_case()], title="a\n" + "long title " * 9)
     assert longer.width > titled.width
+    assert longer.height > titled.height
 
   @pytest.mark.parametrize(
     "name", ["x" * 400, "two\nlines", "\udcff", "<b>", "\u4e2d\u6587"]
