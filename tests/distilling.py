@@ -1,6 +1,8 @@
 """A student, a teacher and two images, to compute distillation terms on."""
 
 import functools
+import pathlib
+import runpy
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,10 @@ from kdseg.distill import objective
 from kdseg.training import arms as arms_lib
 
 BATCH = 2
+# The functions of docs/tables.py, by name.
+TABLES = runpy.run_path(
+  str(pathlib.Path(__file__).parents[1] / "docs" / "tables.py")
+)
 
 
 def make_method(term="mbf", **switches):

@@ -101,9 +101,6 @@ def token_masks(teacher_feat: Array, tokens: Array) -> Array:
 
   Returns:
     [B, h, w, M] float32.
-
-  Raises:
-    ValueError: if a shape does not fit.
   """
   chex.assert_rank(teacher_feat, 4, exception_type=ValueError)
   chex.assert_shape(
@@ -131,9 +128,6 @@ def maskd(student_feat: Array, teacher_feat: Array, masks: Array) -> Array:
 
   Returns:
     [B] float32.
-
-  Raises:
-    ValueError: if a shape does not fit.
   """
   student, teacher = _both(student_feat, teacher_feat)
   _check_masks(masks, student)
@@ -175,9 +169,6 @@ def token_fit(
 
   Returns:
     [B] float32. It does not depend on the student.
-
-  Raises:
-    ValueError: if a shape does not fit.
   """
   chex.assert_rank(teacher_feat, 4, exception_type=ValueError)
   _check_masks(masks, teacher_feat)

@@ -146,9 +146,6 @@ def ifvd(student_feat: Array, teacher_feat: Array, labels: Array) -> Array:
 
   Returns:
     [B] float32.
-
-  Raises:
-    ValueError: if a shape does not fit.
   """
   student, teacher = _both(student_feat, teacher_feat)
   labels = grids.labels_at(labels, student)
@@ -259,9 +256,6 @@ def rad(student_feat: Array, teacher_feat: Array, labels: Array) -> Array:
 
   Returns:
     [B] float32; 0 for an image with one region only.
-
-  Raises:
-    ValueError: if a shape does not fit.
   """
   student, teacher = _both(student_feat, teacher_feat)
   labels = grids.labels_at(labels, student)

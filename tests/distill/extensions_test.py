@@ -3,6 +3,7 @@
 import importlib.util
 
 from distilling import BATCH
+from distilling import TABLES
 from distilling import distil
 from distilling import make_distiller
 from distilling import make_method
@@ -15,7 +16,6 @@ import pytest
 import tiny
 
 from kdseg.distill import method as method_lib
-from kdseg.distill import tables
 from kdseg.distill.extensions import Extensions
 from kdseg.runtime import devices
 from kdseg.training import state as state_lib
@@ -97,7 +97,7 @@ def test_a_term_of_one_file_is_trained_logged_balanced_and_listed(tmp_path):
     rtol=1e-4,
   )
   row = "| mine | low | 0.5 | calibrated | no | 1x1 | Doe, 2026 |\n"
-  assert row in tables.describe_terms([module.TERM])
+  assert row in TABLES["describe_terms"]([module.TERM])
 
 
 def add(name, loss, **switches):

@@ -7,11 +7,11 @@ import inspect
 import pathlib
 import re
 
+from distilling import TABLES
 import pytest
 
 from kdseg.distill import layers
 from kdseg.distill import method as method_lib
-from kdseg.distill import tables
 from kdseg.distill import term as term_lib
 from kdseg.distill import terms as terms_lib
 from kdseg.losses import segmentation
@@ -54,7 +54,7 @@ def function_of(term):
 
 
 def test_the_tables_are_those_of_the_records_and_the_switches():
-  assert tables.fill(PAGE) == PAGE, "run python -m kdseg.distill.tables"
+  assert TABLES["fill"](PAGE) == PAGE, "run python docs/tables.py"
 
 
 def test_every_section_is_a_term():
@@ -171,7 +171,7 @@ def test_a_switch_is_listed_with_its_default_values_and_meaning():
 
 def test_a_record_of_a_user_has_its_row():
   mine = term_lib.Term("mine", lambda inputs, tap: None, weight=2.5)
-  [row] = rows(tables.describe_terms([mine]))
+  [row] = rows(TABLES["describe_terms"]([mine]))
   assert row == {
     "term": "mine",
     "taps": "-",

@@ -1,6 +1,6 @@
-"""The tables of docs/methods.md, made from the records and the switches.
+"""Writes the tables of docs/methods.md from the records and the switches.
 
-python -m kdseg.distill.tables docs/methods.md   writes them into the page
+python docs/tables.py
 """
 
 from collections.abc import Iterable
@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import dataclasses
 import pathlib
 import re
-import sys
 
 from kdseg import networks
 from kdseg.distill import method as method_lib
@@ -86,5 +85,5 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 
 
 if __name__ == "__main__":
-  path = pathlib.Path(sys.argv[1])
+  path = pathlib.Path(__file__).with_name("methods.md")
   path.write_text(fill(path.read_text(encoding="utf-8")), encoding="utf-8")
