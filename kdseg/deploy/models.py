@@ -26,7 +26,7 @@ from kdseg.training import step as step_lib
 Tree = Any
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Segmenter:
   """A network ready to run, by `probabilities` of a subclass.
 
@@ -35,12 +35,26 @@ class Segmenter:
     size: side of its input in pixels.
     threshold: lesion where the probability is above.
     about: what its file says of it.
+    source: the file or folder that it came from, if any.
   """
 
   name: str
   size: int
   threshold: float
   about: Mapping[str, Any]
+  source: pathlib.Path | None = dataclasses.field(default=None, kw_only=True)
+
+  def __repr__(self) -> str:
+    """Returns one line without the weights."""
+    return (
+      f"<{type(self).__name__} {self.name}: {self._describe()}input "
+      f"{self.size} x {self.size} pixels, threshold {self.threshold:g}"
+      f"{f', from {self.source}' if self.source else ''}>"
+    )
+
+  def _describe(self) -> str:
+    """Returns what the line of `repr` says of the network."""
+    return ""
 
   def probabilities(self, batch: np.ndarray) -> np.ndarray:
     """Runs the network on its own squares.
@@ -85,7 +99,7 @@ class Segmenter:
     return self.predict(image) > self.threshold
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Model(Segmenter):
   """A network with its weights, run by JAX.
 
@@ -97,6 +111,11 @@ class Model(Segmenter):
   network: nn.Module
   variables: Tree
 
+  def _describe(self) -> str:
+    """See the base class."""
+    name = self.about.get("network", type(self.network).__name__)
+    return f"{name}, {networks.count_parameters(self.variables):,} parameters, "
+
   @functools.cached_property
   def _run(self) -> Any:
     return jax.jit(step_lib.make_predict(self.network))
@@ -106,7 +125,7 @@ class Model(Segmenter):
     return np.asarray(self._run(self.variables, {"image": batch}))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class ExportedModel(Segmenter):
   """A file of an export, run by its own runtime and none of this package.
 
@@ -182,6 +201,7 @@ def load_exported(
     threshold=float(about.get("threshold", 0.5)),
     about=about,
     run=run,
+    source=path,
   )
 
 
@@ -223,4 +243,5 @@ def load_weights(name_or_path: str | pathlib.Path) -> Model:
     size=size,
     threshold=about["threshold"],
     about=about,
+    source=path,
   )

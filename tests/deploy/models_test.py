@@ -76,6 +76,15 @@ def test_the_package_loads_it_too(tmp_path):
   assert kdseg.load(path).name == "a"
 
 
+def test_it_prints_as_one_line_without_its_weights(model):
+  count = networks.count_parameters(model.variables)
+  assert repr(model) == (
+    f"<Model a: patch_unet, {count:,} parameters, input 32 x 32 pixels, "
+    f"threshold 0.5, from {model.source}>"
+  )
+  assert model.source.name == "a.safetensors"
+
+
 def test_a_folder_of_a_workdir_is_a_model(tmp_path):
   checkpoint.write_json(
     tmp_path / "config.json",
