@@ -19,6 +19,8 @@ from kdseg.data import archives
 from kdseg.data.archives import DataError
 from kdseg.data.archives import File
 
+FEW_TEST_IMAGES = 20
+
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
@@ -202,6 +204,16 @@ def listing(names: Iterable[str], limit: int = 5) -> str:
   shown = ", ".join(names[:limit])
   rest = len(names) - limit
   return f"{shown} and {rest} more" if rest > 0 else shown
+
+
+def warn_of_few(name: str, count: int) -> tuple[str, ...]:
+  """Returns a warning if a test set is too small for its mean to say much."""
+  if count >= FEW_TEST_IMAGES:
+    return ()
+  return (
+    f"{name} has only {count} test images: a mean over so few says little;"
+    f" take {FEW_TEST_IMAGES} or more",
+  )
 
 
 def is_validation(id_: str) -> bool:

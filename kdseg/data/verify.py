@@ -21,6 +21,7 @@ from kdseg.data import builder as builder_lib
 from kdseg.data import decode
 from kdseg.data import masks
 from kdseg.data import orientations
+from kdseg.data import pairs as pairs_lib
 from kdseg.data import prepare
 from kdseg.data import sets
 from kdseg.data.archives import DataError
@@ -73,6 +74,7 @@ class Report:
     empty: `split/id` of masks with no lesion.
     touching: `split/id` of masks with lesion on the frame.
     alike: pairs of images that look alike.
+    warnings: what a user should know before the data set is used.
   """
 
   title: str
@@ -83,6 +85,7 @@ class Report:
   empty: tuple[str, ...] = ()
   touching: tuple[str, ...] = ()
   alike: tuple[Alike, ...] = ()
+  warnings: tuple[str, ...] = ()
 
   @property
   def ok(self) -> bool:
@@ -132,11 +135,34 @@ def verify(
         f"{name} is not prepared in {builder.data_dir}; pass --manual-dir."
         f" {error}"
       ) from None
-  return inspect(
+  report = inspect(
     f"{name} from {source}",
     inventory,
     official=builder.official_counts or inventory.found,
-    rule=builder.mask_rule,
+    # What lies prepared went through the rule already.
+    rule=builder.mask_rule if manual_dir is not None else masks.MaskRule(),
+  )
+  count = len(inventory.splits.get("test", ()))
+  return dataclasses.replace(
+    report,
+    problems=report.problems + _find_gaps(builder, inventory),
+    warnings=report.warnings + pairs_lib.warn_of_few(name, count),
+  )
+
+
+def _find_gaps(
+  builder: builder_lib.PairBuilder, inventory: Inventory
+) -> tuple[str, ...]:
+  """Returns a line if a run could not train on the set, though it has images.
+
+  A set with no training images is for scoring alone.
+  """
+  gaps = [s for s in ("validation", "test") if s not in inventory.splits]
+  if "train" not in inventory.splits or not gaps:
+    return ()
+  return (
+    f"{builder.name} has no pair for {' or '.join(gaps)}, so that no run can be"
+    f" trained on it. {builder.how_split}".rstrip(),
   )
 
 
@@ -307,6 +333,7 @@ def describe(report: Report, *, limit: int = 20) -> str:
   within = [pair for pair in report.alike if not pair.across]
   for title, entries in (
     ("problems, each to be solved before use", report.problems),
+    ("warnings", report.warnings),
     ("empty masks", report.empty),
     ("masks that touch the frame", report.touching),
     ("look-alikes across splits", across),

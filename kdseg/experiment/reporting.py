@@ -135,7 +135,7 @@ def _describe_networks(run: Run) -> dict[str, dict[str, float]]:
 
 def _list_notes(run: Run, data: Data) -> list[str]:
   """Returns sentences that stand below the tables."""
-  config, notes = run.config, []
+  config, notes = run.config, list(data.notes)
   if len(config.distil_from) > 1:
     notes.append(
       f"{JOINT} is the mean probability of {', '.join(config.distil_from)}"

@@ -7,6 +7,7 @@ from typing import Any
 
 from kdseg.data import archives
 from kdseg.data import loading
+from kdseg.data import pairs
 from kdseg.experiment.records import VALIDATION
 from kdseg.experiment.records import DataConfig
 from kdseg.runtime import hosts
@@ -17,11 +18,19 @@ _LOG = logging.getLogger("kdseg")
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-  """The arrays of an experiment; test sets by their name in scores.csv."""
+  """The arrays of an experiment.
+
+  Attributes:
+    train: the images to train on.
+    validation: those that choose the weights to keep.
+    tests: those to score on, by their name in scores.csv.
+    notes: sentences that a reader of the scores should know.
+  """
 
   train: loading.Arrays
   validation: loading.Arrays
   tests: Mapping[str, loading.Arrays]
+  notes: tuple[str, ...] = ()
 
   def by_name(self) -> dict[str, loading.Arrays]:
     """Returns every split by the name that environment.json gives it."""
@@ -84,7 +93,14 @@ def load(config: DataConfig) -> Data:
       },
     )
   _check_agreement(data)
-  return data
+  notes = [
+    note
+    for name, arrays in data.tests.items()
+    for note in pairs.warn_of_few(name, len(arrays))
+  ]
+  for note in notes:
+    _LOG.warning("data: %s", note)
+  return dataclasses.replace(data, notes=tuple(notes))
 
 
 def _check_agreement(data: Data) -> None:

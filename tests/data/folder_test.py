@@ -1,4 +1,5 @@
 import io
+import itertools
 import os
 
 import numpy as np
@@ -7,29 +8,56 @@ import pytest
 import tensorflow_datasets as tfds
 import tiny_archives as tiny
 
+from kdseg.data import __main__ as command
+from kdseg.data import archives
 from kdseg.data import loading
+from kdseg.data import pairs
 from kdseg.data import prepare
 from kdseg.data.archives import DataError
 from kdseg.data.sets import folder
 
 NAMES = tuple(f"lesion_{n}" for n in range(60))
+TEST_NUMBERS = (
+  17,
+  21,
+  33,
+  35,
+  36,
+  48,
+)  # of their test split, as of every version
 
 
-def test_a_flat_folder_is_divided_by_a_hash_of_the_stem(tmp_path, make_folder):
+def split_ids(found):
+  return {k: [pair.id for pair in v] for k, v in found.splits.items()}
+
+
+def test_a_flat_folder_is_divided_exactly_by_the_rank_of_a_hash(
+  tmp_path, make_folder
+):
   found = folder.take_inventory(make_folder(tmp_path, NAMES))
   found.check()
-  assert sorted(p.id for split in found.splits.values() for p in split) == (
-    sorted(NAMES)
-  )
-  for name, split in found.splits.items():
-    assert split
-    assert all(folder.split_of(pair.id) == name for pair in split)
+  divided = split_ids(found)
+  assert {k: len(ids) for k, ids in divided.items()} == {
+    "train": 48, "validation": 6, "test": 6,
+  }  # fmt: skip
+  assert sorted(itertools.chain(*divided.values())) == sorted(NAMES)
+  assert all(ids == sorted(ids) for ids in divided.values())
+  assert divided["test"] == [f"lesion_{n}" for n in TEST_NUMBERS]
+  [note] = found.notes
+  assert note.endswith("of the names: 48 train, 6 validation, 6 test")
 
 
-def test_about_a_tenth_each_goes_to_validation_and_test():
-  splits = [folder.split_of(f"image_{n}") for n in range(5000)]
-  assert 430 < splits.count("validation") < 570
-  assert 430 < splits.count("test") < 570
+@pytest.mark.parametrize(
+  ("count", "sizes"),
+  [(1, [1]), (2, [2]), (3, [1, 1, 1]), (14, [12, 1, 1]), (200, [160, 20, 20])],
+)
+def test_no_split_is_empty_from_three_pairs_on(count, sizes):
+  image = mask = archives.File("", "", "", 0, bytes)
+  found = [pairs.Pair(f"{n}", image, mask) for n in range(count)]
+  divided = folder.divide(found)
+  assert [len(part) for part in divided.values() if part] == sizes
+  # In any order.
+  assert folder.divide(found[::-1]) == divided
 
 
 def test_sub_folders_are_the_splits(tmp_path, make_folder):
@@ -127,16 +155,109 @@ def test_a_name_may_end_as_those_of_masks_do(tmp_path, make_folder):
   assert sorted(ids) == ["p1", "p1_lesion", "p1_mask"]
 
 
-def test_a_split_that_the_hash_left_empty_is_said(tmp_path, make_folder):
-  names = [n for n in NAMES if folder.split_of(n) == "train"][:3]
-  found = folder.take_inventory(make_folder(tmp_path / "own", names))
-  [note] = found.notes
-  assert note.startswith("no pair is for validation or test.")
-  with pytest.raises(DataError, match="divide them yourself, as train/"):
-    loading.load(
-      "folder", "validation", size=32, data_dir=tmp_path / "data",
-      manual_dir=tmp_path / "own",
-    )  # fmt: skip
+def test_a_split_without_pairs_is_refused_where_verify_refuses_it(
+  tmp_path, make_folder, capsys
+):
+  for count, gaps in ((2, "validation or test"), (1, "validation or test")):
+    own = make_folder(tmp_path / f"own{count}", NAMES[:count])
+    with pytest.raises(DataError, match="at least three in one images/"):
+      loading.load(
+        "folder", "validation", size=32, data_dir=tmp_path / "data",
+        manual_dir=own,
+      )  # fmt: skip
+    assert command.main(["verify", "folder", "--manual-dir", str(own)]) == 1
+    assert f"no pair for {gaps}" in capsys.readouterr().out
+
+
+# Layouts of other tools.
+
+IMAGE = tiny.encode(tiny.picture(0), "PNG")
+MASK = tiny.mask_bytes(tiny.lesion(0))
+LAYOUTS = {
+  "upper case, labels": ("Images/{}.png", "labels/{}.png", ""),
+  "annotations": ("img/{}.png", "annotations/{}.png", ""),
+  "VOC": ("JPEGImages/{}.png", "SegmentationClass/{}.png", ""),
+  "ending _gt": ("images/{}.png", "gt/{}_gt.png", ""),
+  "side by side": ("{}.png", "{}_mask.png", ""),
+  "nnU-Net": ("imagesTr/{}_0000.png", "labelsTr/{}.png", ""),
+  "COCO": (
+    "images/{}/{a}.png",
+    "labels/{}/{a}.png",
+    "train2017 val2017 test2017",
+  ),
+  "SMP CamVid": ("{}/{a}.png", "{}annot/{a}.png", "train val test"),
+  "Carvana": ("{}_images/{a}.png", "{}_masks/{a}.png", "train valid test"),
+  "in splits": (
+    "{}/Images/{a}.png",
+    "{}/annotations/{a}.png",
+    "train dev test",
+  ),
+  "in splits, side by side": (
+    "{}/{a}.png",
+    "{}/{a}_mask.png",
+    "Train Val Test",
+  ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_other_tools_are_read(tmp_path, layout):
+  image, mask, splits = LAYOUTS[layout]
+  names = splits.split() or list("abcde")
+  files = {
+    pattern.format(name, a=f"{name}_7"): content
+    for pattern, content in ((image, IMAGE), (mask, MASK))
+    for name in names
+  }
+  found = folder.take_inventory(tiny.write_folder(tmp_path, files))
+  found.check()
+  assert set(found.splits) == {"train", "validation", "test"}
+  ids = sorted(itertools.chain(*split_ids(found).values()))
+  assert len(ids) == len(names)
+  if splits:
+    for split, name in zip(found.splits, names, strict=True):
+      assert split_ids(found)[split] == [f"{name}_7"]
+  else:
+    assert ids == names
+
+
+def test_nn_unets_test_set_is_the_test_set(tmp_path):
+  files = {}
+  for kind, content, ending in (
+    ("images", IMAGE, "_0000"),
+    ("labels", MASK, ""),
+  ):
+    for n in range(20):
+      files[f"{kind}Tr/t{n}{ending}.png"] = content
+    files[f"{kind}Ts/e{ending}.png"] = content
+  files["dataset.json"] = b"{}"
+  found = folder.take_inventory(tiny.write_folder(tmp_path, files))
+  found.check()
+  assert {k: len(v) for k, v in split_ids(found).items()} == {
+    "train": 18, "validation": 2, "test": 1,
+  }  # fmt: skip
+  assert split_ids(found)["test"] == ["e"]
+
+
+def test_folders_that_are_not_read_are_named(tmp_path, make_folder):
+  make_folder(tmp_path, ["a", "b", "c"])
+  make_folder(tmp_path / "train", ["d"])
+  make_folder(tmp_path / "old", ["e"])
+  note = folder.take_inventory(tmp_path).notes[0]
+  assert note.startswith("not read: old/, train/ of ")
+
+
+def test_two_folders_of_one_split_are_refused(tmp_path, make_folder):
+  for name in ("val", "dev"):
+    make_folder(tmp_path / name, [name])
+  with pytest.raises(DataError, match="dev/ and val/, both of the validation"):
+    folder.take_inventory(tmp_path)
+
+
+def test_outlines_in_json_are_named_with_what_to_do(tmp_path):
+  files = {"images/a.png": IMAGE, "annotations/instances.json": b"{}"}
+  problems = folder.take_inventory(tiny.write_folder(tmp_path, files)).problems
+  assert any("JSON have to be drawn as PNG" in problem for problem in problems)
 
 
 def test_an_image_of_which_nobody_can_say_whether_it_is_turned_is_refused(
@@ -162,8 +283,10 @@ def test_it_is_a_tfds_builder(tmp_path, make_folder):
 
 
 def test_a_folder_of_another_form_says_which_form_it_should_have(tmp_path):
-  (tmp_path / "pictures").mkdir()
-  with pytest.raises(DataError, match=r"neither images/ and masks/ nor any"):
+  (tmp_path / "outlines").mkdir()
+  with pytest.raises(
+    DataError, match=r"neither images/ and masks/ nor .*, but outlines/\. Put"
+  ):
     folder.take_inventory(tmp_path)
   (tmp_path / "images").mkdir()
   with pytest.raises(DataError, match=r"has no masks/"):

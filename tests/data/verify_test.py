@@ -112,12 +112,13 @@ def test_every_fault_is_listed_not_only_the_first(faulty):
   report = verify.verify("folder", manual_dir=faulty)
   assert not report.ok
   joined = "\n".join(report.problems)
-  assert len(report.problems) == 4
+  assert len(report.problems) == 5
   for part in (
     "t9: no mask",
     "t2.png is a mask with grey values",
     "t3: the mask is 5x5",
     "t4.png cannot be decoded",
+    "folder has no pair for validation,",
   ):
     assert part in joined
   assert report.empty == ("train/t0",)
@@ -186,11 +187,11 @@ def test_long_lists_are_cut_and_counted():
 
 
 def test_verify_ends_with_0_or_1(tmp_path, faulty, make_folder, capsys):
-  good = make_folder(tmp_path / "good", ["a", "b"])
+  good = make_folder(tmp_path / "good", ["a", "b", "c"])
   assert command.main(["verify", "folder", "--manual-dir", str(good)]) == 0
   assert capsys.readouterr().out.rstrip().endswith("ok")
   assert command.main(["verify", "folder", "--manual-dir", str(faulty)]) == 1
-  assert "4 problems" in capsys.readouterr().out
+  assert "5 problems" in capsys.readouterr().out
 
 
 def test_prepare_prepares_and_says_what_it_found(tmp_path, isic, capsys):

@@ -1,46 +1,44 @@
-"""Own data with no code: a folder with `images/` and `masks/`.
+"""Own data with no code: a folder of images and masks, matched by name.
 
     DIR/images/lesion_7.jpg          DIR/train/images/...  DIR/train/masks/...
     DIR/masks/lesion_7.png     or    DIR/validation/...
                                      DIR/test/...
 
-An image and its mask share the stem of their names (a mask may also end in
-`_mask`, `_segmentation` or `_lesion`). Without the three sub-folders the pairs
-are divided by a hash of the stem: 10 % test, 10 % validation, the rest train.
+or in another of the layouts that `data.layouts` knows. An image and its mask
+share the stem of their names (a mask may also end in `_mask`, `_segmentation`,
+`_lesion` or the like). Without folders of splits, the pairs are divided by the
+rank of a hash of the stem: a tenth each for test and validation, exactly.
 """
 
 from collections.abc import Iterable
+from collections.abc import Sequence
 import hashlib
 import pathlib
 import re
 from typing import Any
+import unicodedata
 
 from kdseg.data import archives
 from kdseg.data import builder
 from kdseg.data import decode
+from kdseg.data import layouts
 from kdseg.data import pairs
-from kdseg.data.archives import DataError
 from kdseg.data.archives import File
 from kdseg.data.pairs import Inventory
 from kdseg.data.pairs import Pair
 
-SPLITS = ("train", "validation", "test")
-
 MAX_NAME_BYTES = 255  # of most file systems
-
-_HOW_SPLIT = (
-  "Pairs in images/ and masks/ are divided by a hash of their names, which may "
-  "leave a split without any: divide them yourself, as train/, validation/ and "
-  "test/ with those inside."
-)
-_MASK_ENDING = re.compile(r"_(?:mask|segmentation|lesion)$", re.IGNORECASE)
 
 
 class Folder(builder.PairBuilder):
   """A folder of images and masks, matched by the stem of their names."""
 
   name = test_name = "folder"
-  how_split = _HOW_SPLIT
+  how_split = (
+    "Every split needs pairs: at least three in one images/ and masks/, which"
+    " are divided; or train/, validation/ (or val/, valid/, dev/) and test/,"
+    " each with images/ and masks/ inside."
+  )
   MANUAL_DOWNLOAD_INSTRUCTIONS = (
     "Pass a folder with images/ and masks/ (or train/, validation/ and test/"
     " with those inside) as manual_dir."
@@ -86,40 +84,36 @@ def take_inventory(directory: pathlib.Path) -> Inventory:
   """Matches images and masks by stem.
 
   Args:
-    directory: the folder with `images/` and `masks/`, or with sub-folders that
-      have them.
+    directory: a folder in one of the layouts of `data.layouts`.
 
   Returns:
     The inventory; its `problems` name files.
 
   Raises:
-    DataError: if the folder has no such sub-folders.
+    DataError: if the folder is in none of the layouts.
   """
-  roots = {split: directory / split for split in SPLITS}
-  if (directory / "images").is_dir():
-    roots = {"": directory}
+  layout = layouts.find(directory)
   splits: dict[str, tuple[Pair, ...]] = {}
   problems: list[str] = []
   files: list[tuple[str, File]] = []
-  for split, root in roots.items():
-    if root.is_dir():
-      splits[split], its_problems, its_files = _match(root)
-      problems += its_problems
-      files += [(split, file) for file in its_files]
-  if not splits:
-    raise DataError(
-      f"{directory} has neither images/ and masks/ nor any of"
-      f" {', '.join(f'{name}/' for name in SPLITS)}. "
-      + Folder.MANUAL_DOWNLOAD_INSTRUCTIONS
-    )
+  for part in layout.parts:
+    its_pairs, its_problems, its_files = _match(part, layout.channel)
+    splits[part.split] = its_pairs
+    problems += its_problems
+    files += [(part.split, file) for file in its_files]
   notes = []
+  if layout.unused:
+    unused = ", ".join(f"{name}/" for name in layout.unused)
+    notes.append(f"not read: {unused} of {directory}")
   if "" in splits:
-    splits = {
-      name: tuple(pair for pair in splits[""] if split_of(pair.id) == name)
-      for name in SPLITS
-    }
-    if missing := [name for name in SPLITS if not splits[name]]:
-      notes.append(f"no pair is for {' or '.join(missing)}. {_HOW_SPLIT}")
+    splits = divide(splits[""])
+  elif layout.hold_out:
+    held = divide(splits["train"])
+    splits["train"] = _by_id((*held["train"], *held["test"]))
+    splits["validation"] = held["validation"]
+  if "" in {part.split for part in layout.parts} or layout.hold_out:
+    counts = ", ".join(f"{len(found)} {name}" for name, found in splits.items())
+    notes.append(f"divided by the rank of a hash of the names: {counts}")
   return Inventory(
     splits=splits,
     problems=(*problems, *_unfit_ids(directory, splits)),
@@ -134,7 +128,8 @@ def _stamp(files: Iterable[tuple[str, File]]) -> str:
   Unlike a release, a folder changes: a pair moves to another split, a mask is
   redrawn.
   """
-  digest = hashlib.sha256()
+  # Names the rule of division: records of another are not read.
+  digest = hashlib.sha256(b"by rank\n")
   lines = []
   for split, file in files:
     written = pathlib.Path(file.source, file.path).stat().st_mtime_ns
@@ -145,49 +140,76 @@ def _stamp(files: Iterable[tuple[str, File]]) -> str:
   return digest.hexdigest()[:16]
 
 
-def split_of(id_: str) -> str:
-  """The split of an example by a hash of its id alone."""
-  if pairs.is_validation(id_):
-    return "validation"
-  digest = hashlib.sha256(f"test/{id_}".encode()).digest()
-  # A ninth of the remaining nine tenths.
-  is_test = int.from_bytes(digest[:8], "big") % 9 == 0
-  return "test" if is_test else "train"
+def divide(found: Sequence[Pair]) -> dict[str, tuple[Pair, ...]]:
+  """Divides pairs by the rank of a hash of their ids: 80, 10 and 10 %, exactly.
+
+  The same ids are divided in the same way on every machine. Not by the size of
+  lesions, which would take decoding every mask before it is known what is
+  prepared already.
+
+  Returns:
+    The pairs of train, validation and test, sorted by id; from three on, no
+    split is empty.
+  """
+  ranked = sorted(
+    found, key=lambda pair: hashlib.sha256(f"split/{pair.id}".encode()).digest()
+  )
+  tenth = max(1, round(len(ranked) / 10)) if len(ranked) > 2 else 0
+  return {
+    "train": _by_id(ranked[2 * tenth :]),
+    "validation": _by_id(ranked[:tenth]),
+    "test": _by_id(ranked[tenth : 2 * tenth]),
+  }
+
+
+def _by_id(found: Iterable[Pair]) -> tuple[Pair, ...]:
+  return tuple(sorted(found, key=lambda pair: pair.id))
 
 
 def _match(
-  directory: pathlib.Path,
+  part: layouts.Part, channel: str
 ) -> tuple[tuple[Pair, ...], list[str], list[File]]:
-  """Returns the pairs of `images/` and `masks/`, problems, and all files."""
+  """Returns the pairs of two folders, problems, and all files."""
   problems: list[str] = []
-  files: list[File] = []
-  found: dict[str, dict[str, File]] = {"images": {}, "masks": {}}
-  for kind in found:
-    path = directory / kind
-    if not path.is_dir():
-      raise DataError(
-        f"{directory} has no {kind}/. " + Folder.MANUAL_DOWNLOAD_INSTRUCTIONS
-      )
-
-    def find_id(file: File, kind: str = kind) -> str | None:
-      if file.suffix not in decode.SUFFIXES:
-        return None
-      stem = file.path.rsplit(".", 1)[0]
-      is_mask = kind == "masks" and stem not in found["images"]
-      return _MASK_ENDING.sub("", stem) if is_mask else stem
-
-    listed = archives.list_files(path)
-    files += listed
-    found[kind], strangers, repeated = pairs.sort_by_id(listed, find_id)
-    problems += repeated
+  is_one = part.images == part.masks
+  folders = dict.fromkeys((part.images, part.masks))
+  listed = {path: archives.list_files(path) for path in folders}
+  for path, files in listed.items():
+    strangers = [f.path for f in files if f.suffix not in decode.SUFFIXES]
     if strangers:
+      hint = ""
+      if any(name.endswith(".json") for name in strangers):
+        hint = " Outlines in JSON have to be drawn as PNG masks first."
       problems.append(
         f"{path} has files that are no images: {pairs.listing(strangers)}."
-        f" Remove them, or convert them ({', '.join(decode.SUFFIXES)})."
+        f" Remove them, or convert them ({', '.join(decode.SUFFIXES)}).{hint}"
       )
-  matched, unmasked, unpictured = pairs.match(found["images"], found["masks"])
-  problems += unmasked + unpictured
-  return matched, problems, files
+  images = [f for f in listed[part.images] if f.suffix in decode.SUFFIXES]
+  masks = [f for f in listed[part.masks] if f.suffix in decode.SUFFIXES]
+  if is_one:
+    stems = {_stem(file) for file in images}
+    images, masks = (
+      [f for f in images if layouts.is_mask_of(_stem(f), stems) == is_mask]
+      for is_mask in (False, True)
+    )
+  by_id = pairs.sort_by_id(images, lambda f: _stem(f).removesuffix(channel))
+
+  def find_id(mask: File) -> str:
+    stem = _stem(mask)
+    if stem in by_id.files and not is_one:
+      return stem
+    return layouts.MASK_ENDING.sub("", stem)
+
+  masks_by_id = pairs.sort_by_id(masks, find_id)
+  problems += by_id.problems + masks_by_id.problems
+  matched, unmasked, unpictured = pairs.match(by_id.files, masks_by_id.files)
+  every = [file for files in listed.values() for file in files]
+  return matched, problems + unmasked + unpictured, every
+
+
+def _stem(file: File) -> str:
+  """Returns the path without its suffix, composed as ids are."""
+  return unicodedata.normalize("NFC", file.path.rsplit(".", 1)[0])
 
 
 def _unfit_ids(
