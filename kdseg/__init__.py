@@ -7,8 +7,8 @@ from typing import Any
 def load(name_or_path: str | pathlib.Path) -> Any:
   """Returns a trained network; see `kdseg.deploy.models.load`.
 
-  `kdseg.load("isic2016-student").predict(image)` maps an image, [h, w, 3]
-  uint8 RGB, to the probability of lesion, [h, w].
+  `kdseg.load("isic2016-student").predict(image)` maps an image (a path, a PIL
+  picture or an array) to the probability of lesion, [h, w].
   """
   # Here, so that `import kdseg` alone stays light.
   from kdseg.deploy import models

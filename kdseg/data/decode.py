@@ -35,13 +35,23 @@ _MODES = frozenset({"1", "RGB", "L", "P", "RGBA", "LA", "CMYK", "YCbCr"})
 def decode_image(content: bytes, where: str) -> np.ndarray:
   """Decodes an image to uint8 RGB [h, w, 3].
 
-  Turned as its own tag says; grey, palette, CMYK and 16-bit pictures become
-  8-bit RGB; transparency is dropped; of several frames the first is read.
+  Turned as its own tag says; of several frames the first is read.
 
   Raises:
     DataError: if the image is damaged, too large or of an unknown kind.
   """
-  image = open_image(content, where)
+  return to_rgb(open_image(content, where), where)
+
+
+def to_rgb(image: Image.Image, where: str) -> np.ndarray:
+  """Returns a picture's pixels as uint8 RGB [h, w, 3].
+
+  Grey, palette, CMYK and 16-bit pictures become 8-bit RGB; transparency is
+  dropped.
+
+  Raises:
+    DataError: if its pixels are of an unknown kind.
+  """
   if image.mode.startswith("I"):
     return _from_16_bit(image, where)
   if image.mode not in _MODES:

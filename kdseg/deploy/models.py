@@ -13,10 +13,14 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
+import PIL.ImageOps
 
 from kdseg import networks
+from kdseg.data import decode
 from kdseg.data import loading
 from kdseg.deploy import formats as formats_lib
+from kdseg.deploy import pictures
 from kdseg.deploy import weights
 from kdseg.deploy.formats import record
 from kdseg.evaluation import metrics
@@ -24,6 +28,8 @@ from kdseg.runtime import checkpoint
 from kdseg.training import step as step_lib
 
 Tree = Any
+# What `Segmenter.predict` takes.
+Image = str | pathlib.Path | PIL.Image.Image | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -67,7 +73,7 @@ class Segmenter:
     """
     raise NotImplementedError
 
-  def predict(self, image: np.ndarray) -> np.ndarray:
+  def predict(self, image: Image) -> np.ndarray:
     """Returns the probability of lesion, pixel by pixel.
 
     The same arithmetic as the scores of a run: the image is squashed to the
@@ -75,28 +81,75 @@ class Segmenter:
     brought back to the image's size.
 
     Args:
-      image: [h, w, 3] uint8 RGB, of any size.
+      image: of any size, as one of
+
+        * a path (str or Path) of a JPEG, PNG, BMP, TIFF, WebP or GIF, or a PIL
+          picture; either is turned as its orientation tag says;
+        * RGB [h, w, 3], RGBA [h, w, 4] (transparency is dropped) or grey
+          [h, w] or [h, w, 1], of uint8, or of floats in [0, 1];
+        * a batch [B, h, w, 3] (or 4, or 1) of these.
 
     Returns:
-      [h, w] float32 in [0, 1].
+      [h, w] float32 in [0, 1]; [B, h, w] for a batch.
 
     Raises:
-      ValueError: on another shape or type.
+      DataError: if a file cannot be read, or pixels are of an unknown kind.
+      ValueError: on an array of another shape, type or range; names them, and
+        how to convert it.
     """
-    image = np.asarray(image)
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-      raise ValueError(
-        f"an image is uint8 [h, w, 3], RGB, not {image.dtype} {image.shape}"
-      )
-    if 0 in image.shape:
-      raise ValueError(f"an image of {image.shape[:2]} has no pixel")
-    square = loading.resize_image(np.ascontiguousarray(image), self.size)
+    rgb = to_rgb(image)
+    if rgb.ndim == 4:
+      return np.stack([self.predict(one) for one in rgb])
+    square = loading.resize_image(np.ascontiguousarray(rgb), self.size)
     [probability] = self.probabilities(square[None])
-    return metrics.resize_probability(probability, *image.shape[:2])
+    return metrics.resize_probability(probability, *rgb.shape[:2])
 
-  def segment(self, image: np.ndarray) -> np.ndarray:
+  def segment(self, image: Image) -> np.ndarray:
     """Returns the mask [h, w] bool of `predict` above the threshold."""
     return self.predict(image) > self.threshold
+
+
+def to_rgb(image: Image) -> np.ndarray:
+  """Returns what `Segmenter.predict` takes as uint8 [h, w, 3] or [B, h, w, 3].
+
+  Raises:
+    DataError: if a file cannot be read, or pixels are of an unknown kind.
+    ValueError: on an array of another shape, type or range.
+  """
+  if isinstance(image, str | pathlib.Path):
+    return pictures.read(pathlib.Path(image))
+  if isinstance(image, PIL.Image.Image):
+    return decode.to_rgb(PIL.ImageOps.exif_transpose(image), "the picture")
+  array = np.asarray(image)
+  found = f"this one is {array.dtype} {list(array.shape)}"
+  if array.ndim == 2:
+    array = array[..., None]
+  if array.ndim not in (3, 4) or array.shape[-1] not in (1, 3, 4):
+    channels_first = array.ndim in (3, 4) and array.shape[-3] in (1, 3, 4)
+    hint = "; move its channels last: np.moveaxis(image, -3, -1)"
+    raise ValueError(
+      "an image is [h, w] or [h, w, C], a batch [B, h, w, C], with C of 1, 3 "
+      f"or 4, but {found}{hint if channels_first else ''}"
+    )
+  if 0 in array.shape:
+    raise ValueError(f"an image has at least one pixel, but {found}")
+  if np.issubdtype(array.dtype, np.floating):
+    # `not`, so that NaN is refused, too.
+    if not (array.min() >= 0 and array.max() <= 1):
+      raise ValueError(
+        f"an image of floats lies in [0, 1], but {found} from "
+        f"{array.min():g} to {array.max():g}; scale it, or convert 0 to 255 by "
+        "image.astype(np.uint8)"
+      )
+    array = np.round(array * 255).astype(np.uint8)
+  if array.dtype != np.uint8:
+    raise ValueError(
+      f"an image is uint8 or floats in [0, 1], but {found}; divide it by its "
+      "largest possible value, such as image / 65535 for 16 bits"
+    )
+  if array.shape[-1] == 1:
+    return np.repeat(array, 3, axis=-1)
+  return array[..., :3]
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -57,18 +57,64 @@ def test_a_mask_is_what_lies_above_the_threshold(tmp_path):
   )
 
 
+RGB = draw(9, 7)
+GREY = np.repeat(RGB[..., :1], 3, axis=2)
+
+
 @pytest.mark.parametrize(
-  "image",
+  ("image", "same"),
   [
-    np.zeros((8, 8), np.uint8),
-    np.zeros((8, 8, 4), np.uint8),
-    np.zeros((8, 8, 3), np.float32),
-    np.zeros((0, 8, 3), np.uint8),
+    (np.dstack([RGB, np.zeros((9, 7), np.uint8)]), RGB),
+    (GREY[..., 0], GREY),
+    (GREY[..., :1], GREY),
+    (RGB / 255.0, RGB),
+    ((RGB / 255.0).astype(np.float32), RGB),
+    (np.stack([RGB, GREY]), np.stack([RGB, GREY])),
+    (Image.fromarray(RGB), RGB),
+    (Image.fromarray(RGB[..., 0]), GREY),
+    (Image.fromarray(RGB).convert("RGBA"), RGB),
+  ],
+  ids=[
+    *("rgba", "grey", "grey of one channel", "float64", "float32", "batch"),
+    *("PIL", "grey PIL", "RGBA PIL"),
   ],
 )
-def test_an_array_that_is_no_image_is_refused(model, image):
-  with pytest.raises(ValueError, match="image"):
-    model.predict(image)
+def test_an_image_of_another_kind_is_converted(image, same):
+  found = models.to_rgb(image)
+  assert found.dtype == np.uint8
+  np.testing.assert_array_equal(found, same)
+
+
+def test_a_path_and_a_picture_are_turned_by_their_tag(model, tmp_path):
+  exif = Image.Exif()
+  exif[0x112] = 6  # to be turned clockwise by a quarter
+  path = tmp_path / "a.png"
+  Image.fromarray(RGB).save(path, exif=exif)
+  expected = model.predict(np.rot90(RGB, -1))
+  for image in (path, str(path), Image.open(path)):
+    np.testing.assert_array_equal(model.predict(image), expected)
+
+
+def test_a_batch_gives_a_probability_for_each_image(model):
+  found = model.predict(np.stack([RGB, GREY]))
+  np.testing.assert_array_equal(found[0], model.predict(RGB))
+  np.testing.assert_array_equal(found[1], model.predict(GREY))
+
+
+@pytest.mark.parametrize(
+  ("image", "said"),
+  [
+    (np.zeros((3, 8, 9), np.uint8), r"uint8 \[3, 8, 9\]; .*moveaxis"),
+    (np.zeros(8, np.uint8), r"but this one is uint8 \[8\]$"),
+    (np.zeros((0, 8, 3), np.uint8), r"one pixel, .* uint8 \[0, 8, 3\]"),
+    (np.full((8, 8, 3), 255.0), r"float64 \[8, 8, 3\] from 255 to 255; "),
+    (np.full((8, 8, 3), np.nan), r"float64 \[8, 8, 3\] from nan"),
+    (np.zeros((8, 8), np.uint16), r"uint16 \[8, 8\]; .*/ 65535"),
+  ],
+)
+def test_an_array_that_is_no_image_is_refused(image, said):
+  with pytest.raises(ValueError, match=said):
+    models.to_rgb(image)
 
 
 def test_the_package_loads_it_too(tmp_path):
