@@ -21,12 +21,14 @@ COLUMNS = KEYS + metrics.COLUMNS
 REQUIRED = (*KEYS, "dice", *metrics.FACTS)
 _WHOLE = frozenset(("seed", *metrics.FACTS))
 _TEXT = frozenset(("arm", "dataset", "id"))
+_SHARES = frozenset(("dice", "jaccard"))
 # The last four before the apostrophe are the same at full width, which some
 # spreadsheets take for the plain ones.
 _FORMULA_STARTS = (
   *("=", "+", "-", "@", "\t", "\r", "\n"),
   *("\uff1d", "\uff0b", "\uff0d", "\uff20", "'"),
 )
+SAVE_AS = "save it with ',' between the cells and '.' in the numbers"
 _SHOWN = 60  # characters of a cell, in a message
 
 Row = dict[str, Any]  # texts, int for seed and `metrics.FACTS`, else float
@@ -49,7 +51,19 @@ def line(row: Row) -> str:
   return ",".join(_cell(name, row.get(name)) for name in COLUMNS) + "\n"
 
 
-def parse(cells: Sequence[str], columns: Sequence[str], where: str) -> Row:
+def has_decimal_commas(cells: Sequence[str], columns: Sequence[str]) -> bool:
+  """Whether a number of a line is written as a spreadsheet does, "0,5"."""
+  return any(
+    "," in cell for name, cell in zip(columns, cells) if name not in _TEXT
+  )
+
+
+def parse(
+  cells: Sequence[str],
+  columns: Sequence[str],
+  where: str,
+  decimal: str = ".",
+) -> Row:
   """Reads the cells of one line.
 
   Args:
@@ -57,9 +71,11 @@ def parse(cells: Sequence[str], columns: Sequence[str], where: str) -> Row:
     columns: the file's header. An empty cell of a metric that is not
       `REQUIRED` leaves it out of the row.
     where: file and line, for messages.
+    decimal: "." or ",", between the whole part of a number and the rest.
 
   Raises:
-    ValueError: as `checked`, and on another number of cells.
+    ValueError: as `checked`, on another number of cells, and on a share above
+      1, such as a spreadsheet makes of the digits of "0.97".
   """
   if len(cells) != len(columns):
     raise ValueError(f"{where}: {len(cells)} cells, not {len(columns)}")
@@ -68,7 +84,12 @@ def parse(cells: Sequence[str], columns: Sequence[str], where: str) -> Row:
     if name in _TEXT:
       row[name] = name_of(cell)
     elif cell or name in REQUIRED:
-      row[name] = _number(name, cell, where)
+      row[name] = _number(name, cell, where, decimal)
+      if name in _SHARES and row[name] > 1:
+        raise ValueError(
+          f"{where}: {name} is {shown(cell)}, more than 1. If a spreadsheet "
+          f"lost its decimal point, export the file anew and {SAVE_AS}"
+        )
   return checked(row, where)
 
 
@@ -129,15 +150,17 @@ def _cell(name: str, value: Any) -> str:
   return text
 
 
-def _number(name: str, cell: str, where: str) -> float:
+def _number(name: str, cell: str, where: str, decimal: str) -> float:
   try:
     # Python also reads "1_0" and digits of other scripts.
-    if "_" in cell or not cell.isascii():
+    if "_" in cell or not cell.isascii() or (decimal == "," and "." in cell):
       raise ValueError
-    return int(cell) if name in _WHOLE else float(cell)
+    text = cell.replace(decimal, ".")
+    return int(text) if name in _WHOLE else float(text)
   except ValueError:
+    what = f"; {SAVE_AS}" if "," in cell or decimal == "," else ""
     raise ValueError(
-      f"{where}: {name} is '{shown(cell)}', not a number"
+      f"{where}: {name} is '{shown(cell)}', not a number{what}"
     ) from None
 
 

@@ -45,7 +45,8 @@ def read(path: str | os.PathLike[str]) -> list[Row]:
   """Reads every row of a whole file.
 
   Args:
-    path: a scores.csv.
+    path: a scores.csv; one that a spreadsheet saved, with a byte order mark,
+      ";" between the cells and decimal commas, is read too.
 
   Returns:
     One dict a row with the keys `COLUMNS`; counts, sizes and the seed are
@@ -219,8 +220,11 @@ def _parse(
   path: str | os.PathLike[str],
 ) -> tuple[list[Row], list[str] | None]:
   """Returns the rows, and the cells of a last row that is cut off, if any."""
-  text = pathlib.Path(path).read_bytes().decode("utf-8", "surrogateescape")
-  reader = csv.reader(io.StringIO(text, newline=""))
+  # utf-8-sig: without the byte order mark that a spreadsheet writes.
+  text = pathlib.Path(path).read_bytes().decode("utf-8-sig", "surrogateescape")
+  first_line = text.partition("\n")[0]
+  separator = ";" if ";" in first_line and "," not in first_line else ","
+  reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
   try:
     header = next(reader, [""])
     # The number of a row's last line, for a message one can act on.
@@ -238,8 +242,14 @@ def _parse(
   _check_header(header, str(path))
   # Even with all its cells: the last number may have lost digits.
   tail = lines.pop()[1] if cut else None
+  # Between commas, "1,234" may also be a thousand.
+  decimal = "."
+  if separator == ";" and any(
+    cells.has_decimal_commas(found, header) for _, found in lines
+  ):
+    decimal = ","
   rows = [
-    cells.parse(found, header, f"{path}, line {number}")
+    cells.parse(found, header, f"{path}, line {number}", decimal)
     for number, found in lines
   ]
   return rows, tail
@@ -263,7 +273,7 @@ def _check_header(header: Sequence[str], path: str) -> None:
     f"{path}: not the columns of a scores.csv (missing: "
     f"{', '.join(missing) or 'none'}; unknown: "
     f"{', '.join(unknown) or 'none'}; the order has to be "
-    f"{', '.join(COLUMNS)})"
+    f"{', '.join(COLUMNS)}). If a spreadsheet saved it, {cells.SAVE_AS}"
   )
 
 
