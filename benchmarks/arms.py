@@ -3,14 +3,14 @@
   python benchmarks/arms.py [--arms 8] [--steps 20] [--repeats 3]
       [--teacher deeplab] [--student patch_unet_12k] [--size 256] [--at-once 0]
 
-The teacher answers once a batch for all arms, so k arms should cost T + k S a
+The teacher runs once a batch for all arms, so k arms should cost T + k S a
 step and not k (T + S): T is augmentation and the teacher's pass, S one arm's
-update. Prints milliseconds a step of the loop as `train.fit` runs it, what
+update. Prints milliseconds a step of the loop as `loop.fit` runs it, what
 T + k S would be, the overhead over that, and apart / together. Where one
 program updates several arms (--at-once; 0 for what suits the backend), k arms
 can cost less than T + k S. The ways take turns and the fastest of the repeats
-counts, so that other work on the machine disturbs little. Weights are drawn:
-they do not change the time.
+counts, so that other work on the machine disturbs little. Weights are randomly
+initialised: they do not change the time.
 """
 
 import argparse

@@ -75,7 +75,10 @@ def make_state(
 
 
 def network_variables(state: TrainState) -> dict[str, Tree]:
-  """Returns the variables to validate, score and export: averaged if kept."""
+  """Returns the variables to validate, score and export.
+
+  They are the moving average of the network where one is kept.
+  """
   if state.average:
     return {
       "params": state.average["params"],

@@ -67,7 +67,7 @@ def test_ids_name_the_examples():
       np.testing.assert_array_equal(image, arrays.image[i])
 
 
-def test_image_mask_and_answers_are_turned_alike():
+def test_image_mask_and_cached_outputs_are_turned_alike():
   for _, batch, _ in feed_all(cached_outputs=make_computed(make_arrays())):
     image = batch["image"]
     np.testing.assert_array_equal(batch["teacher_out"]["copy"], image)

@@ -87,7 +87,7 @@ def test_draws_hang_on_seed_and_step_and_reach_all_eight():
   assert set(draw(0, 0, 400)) == set(range(8))
 
 
-def test_answers_are_those_of_each_orientation_without_the_padding(tmp_path):
+def test_outputs_are_those_of_each_orientation_without_the_padding(tmp_path):
   found = compute(describe, tmp_path)
   for orientation in range(8):
     expected = describe(orientations_lib.orient(IMAGES, orientation))
@@ -120,7 +120,7 @@ def test_a_second_call_reads_what_the_first_computed(tmp_path):
     np.testing.assert_array_equal(first[name], second[name])
 
 
-def test_goes_on_where_it_was_interrupted(tmp_path):
+def test_resumes_where_it_was_interrupted(tmp_path):
   # 24 batches in all, recorded as done every 16.
   with pytest.raises(InterruptionError):
     compute(Counting(limit=20), tmp_path)
@@ -132,7 +132,7 @@ def test_goes_on_where_it_was_interrupted(tmp_path):
   )
 
 
-def test_goes_on_in_batches_of_another_size(tmp_path):
+def test_resumes_in_batches_of_another_size(tmp_path):
   with pytest.raises(InterruptionError):
     compute(Counting(limit=20), tmp_path)
   rest = Counting()
@@ -163,7 +163,7 @@ def test_another_number_of_orientations_computes_again(tmp_path):
 
 
 @pytest.mark.parametrize("limit", [3, 18])
-def test_what_another_key_left_half_done_is_nobodys(tmp_path, limit):
+def test_what_another_key_left_half_done_is_not_used(tmp_path, limit):
   compute(describe, tmp_path, key="old")
   with pytest.raises(InterruptionError):
     compute(
@@ -201,7 +201,7 @@ def test_progress_counts_images_up_to_all(tmp_path):
   assert told == [(2, 10), (4, 10), (5, 10), (7, 10), (9, 10), (10, 10)]
 
 
-def test_an_average_is_that_of_the_eight_answers_brought_back():
+def test_the_average_is_that_of_eight_outputs_turned_back():
   # A network that prefers the left: its answer depends on the orientation.
   ramp = np.linspace(0, 1, 4, dtype=np.float32)[None, None]
   views = [

@@ -303,7 +303,7 @@ def test_a_kind_that_diverged_is_not_updated_any_more():
   assert [at for at, _ in seen] == [0, 1]
 
 
-def test_after_a_stop_it_is_the_same_program_whoever_had_diverged():
+def test_after_a_stop_it_is_the_same_program_though_an_arm_had_diverged():
   kind, seen = make_kind("abc")
   kind["b"].diverged = "loss not finite at step 1"
   course = Course(kind)
@@ -330,7 +330,7 @@ def test_logs_the_mean_of_the_interval_under_the_arm_and_the_step():
   assert {r["stage"] for r in course.records} == {"students"}
 
 
-def test_goes_on_from_the_first_step_it_is_given():
+def test_starts_from_the_first_step_it_is_given():
   arm, seen = make_arm()
   course = Course({"x": arm})
   course.run(6, every=0, save_every=0, first_step=4)
@@ -356,7 +356,7 @@ def test_at_the_last_step_it_is_not_asked_to_stop():
   assert [step for step, _ in course.saves] == [3]
 
 
-def test_a_diverged_arm_is_named_with_its_batch_and_the_others_go_on():
+def test_a_diverged_arm_is_named_with_its_batch_and_the_others_are_trained_on():
   good, seen_good = make_arm()
   sick, seen_sick = make_arm(bad_steps=(2, 3))
   course = Course({"good": good, "sick": sick}, {("sick", 2): 0.4})
@@ -405,7 +405,7 @@ def test_raises_when_no_arm_is_left_and_says_why_for_each():
   assert not course.saves
 
 
-def test_skipping_goes_on_after_a_lone_bad_batch_and_saves_it(caplog):
+def test_skipping_leaves_out_a_lone_bad_batch_and_saves_it(caplog):
   arm, seen = make_arm(bad_steps=(2,))
   course = Course({"x": arm})
   with caplog.at_level(logging.WARNING, logger="kdseg"):

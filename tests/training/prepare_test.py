@@ -46,7 +46,7 @@ def test_the_teacher_sees_the_augmented_image():
   assert found["mask"].dtype == jnp.float32
 
 
-def test_answers_that_come_with_the_batch_are_passed_on():
+def test_teacher_outputs_that_come_with_the_batch_are_passed_on():
   batch = {
     "image": np.zeros((1, 2, 4, 4, 3), np.uint8),
     "mask": np.zeros((1, 2, 4, 4), np.uint8),
@@ -55,7 +55,7 @@ def test_answers_that_come_with_the_batch_are_passed_on():
   }
 
   def unwanted(*arguments):
-    raise AssertionError("the teacher was asked")
+    raise AssertionError("the teacher ran")
 
   found = prepare(batch, unwanted)
   assert found["teacher_out"]["low"].dtype == jnp.float32
@@ -63,7 +63,7 @@ def test_answers_that_come_with_the_batch_are_passed_on():
   np.testing.assert_array_equal(found["encoder_features"]["grids"], 0.25)
 
 
-def test_without_a_teacher_nothing_is_taught():
+def test_without_a_teacher_there_are_no_teacher_outputs():
   batch = {
     "image": np.zeros((1, 2, 4, 4, 3), np.uint8),
     "mask": np.zeros((1, 2, 4, 4), np.uint8),

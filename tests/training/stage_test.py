@@ -114,7 +114,7 @@ def lone_updates(monkeypatch):
 
 
 @pytest.mark.parametrize(("at_once", "lone"), [(1, {0, 1}), (2, set())])
-def test_contenders_train_stop_go_on_and_leave_their_best(
+def test_arms_train_stop_resume_and_leave_their_best(
   tmp_path, caplog, lone_updates, at_once, lone
 ):
   run_config = dataclasses.replace(SETTING, seeds_at_once=at_once)

@@ -207,7 +207,7 @@ def test_the_same_seed_gives_the_same_bits():
   assert history == expected_history
 
 
-def test_a_stopped_course_goes_on_as_if_it_had_not_stopped():
+def test_a_resumed_training_is_as_if_it_had_not_stopped():
   half, _ = run(2)
   state, history = run(3, state=half, first=2)
   expected, expected_history = five_steps()
@@ -402,7 +402,7 @@ def test_the_average_stops_at_its_decay():
   assert_equal(new.average["params"], expected, rtol=1e-4, atol=1e-6)
 
 
-def test_nothing_is_taught_where_nothing_is_asked():
+def test_without_terms_no_teacher_output_is_read():
   # Without a teacher's outputs in the batch: reading one would raise.
   method = method_lib.Method()
   state = first_state(method, average=False)
