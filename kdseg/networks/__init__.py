@@ -5,8 +5,9 @@ RGB in [0, 1] with sides divisible by 32, to a dict of "logits", [B, H, W]
 float32, lesion where above 0, and the features that distillation compares, one
 map [B, H/stride, W/stride, C] a tap of `STRIDES`. Each network normalises the
 image itself, so that a teacher and a student can share a batch. The fields
-`dtype` (of the computation) and `axis_name` (over which BatchNorm shares its
-statistics) are common to all.
+`dtype` (of the computation; parameters and logits are float32) and `axis_name`
+(the mapped axis over which BatchNorm shares its statistics) are common to all;
+sides that 32 does not divide are a ValueError.
 
 A network may have three methods more:
 

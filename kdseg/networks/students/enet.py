@@ -156,8 +156,6 @@ class ENet(nn.Module):
   Attributes:
     drop_rate: of whole channels from stage 2 on, a tenth of it in stage 1;
       above 0, training needs `rngs={"dropout": key}`.
-    dtype: of the computation; parameters and logits are float32.
-    axis_name: mapped axis over which BatchNorm shares its statistics.
   """
 
   drop_rate: float = 0.0
@@ -166,20 +164,11 @@ class ENet(nn.Module):
 
   @nn.compact
   def __call__(self, image: Array, train: bool = False) -> dict[str, Array]:
-    """Segments `image`.
+    """Returns the maps of `networks`.
 
-    Args:
-      image: [B, H, W, 3] float in [0, 1], RGB; sides divisible by 32.
-      train: whether BatchNorm uses and updates the batch's statistics.
-
-    Returns:
-      logits [B, H, W] float32; low, high (ends of stages 1 and 3, strides 4
-      and 8); s16, which is high mean-pooled, as the encoder ends at stride 8;
-      decoder_low (end of stage 4); decoder_high, which is high, the decoder's
-      only map of stride 8.
-
-    Raises:
-      ValueError: if a side is not divisible by 32.
+    low and high are the ends of stages 1 and 3; s16 is high, mean-pooled, as
+    the encoder ends at stride 8; decoder_low is the end of stage 4;
+    decoder_high is high, the decoder's only map of stride 8.
     """
     layers.require_divisible(image, 32)
     norm = layers.batch_norm(train, dtype=self.dtype, axis_name=self.axis_name)

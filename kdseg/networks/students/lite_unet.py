@@ -26,8 +26,6 @@ class LiteUNet(nn.Module):
       not pretrained make the map of stride 16.
     features: channels of the decoder.
     drop_rate: of the encoder; above 0, training needs `rngs={"dropout": key}`.
-    dtype: of the computation; parameters and logits are float32.
-    axis_name: mapped axis over which BatchNorm shares its statistics.
   """
 
   stages: int = 4
@@ -42,15 +40,7 @@ class LiteUNet(nn.Module):
 
   @nn.compact
   def __call__(self, image: Array, train: bool = False) -> dict[str, Array]:
-    """Segments `image`.
-
-    Args:
-      image: [B, H, W, 3] float in [0, 1], RGB; sides divisible by 32.
-      train: whether BatchNorm uses and updates the batch's statistics.
-
-    Returns:
-      logits [B, H, W] float32; low, high, s16 (encoder, strides 4, 8, 16);
-      decoder_low, decoder_high (decoder, strides 4 and 8).
+    """Returns the maps of `networks`.
 
     Raises:
       ValueError: on another number of stages, or a side not divisible by 32.

@@ -7,6 +7,7 @@ and never convolves at full size, so that a training step on 8 images of
 """
 
 from collections.abc import Sequence
+import functools
 from typing import Any
 
 from flax import linen as nn
@@ -63,8 +64,6 @@ class PatchUNet(nn.Module):
     widths: channels of each stage; at least three.
     depths: 3x3 convolutions of each stage, residual from the second on.
     context: whether to add the projected mean of the deepest map to its cells.
-    dtype: of the computation; parameters and logits are float32.
-    axis_name: mapped axis over which BatchNorm shares its statistics.
   """
 
   block: int = 4
@@ -76,19 +75,7 @@ class PatchUNet(nn.Module):
 
   @nn.compact
   def __call__(self, image: Array, train: bool = False) -> dict[str, Array]:
-    """Segments `image`.
-
-    Args:
-      image: [B, H, W, 3] float in [0, 1], RGB; sides divisible by 32.
-      train: whether BatchNorm uses and updates the batch's statistics.
-
-    Returns:
-      logits [B, H, W] float32; low, high, s16 (encoder, strides 4, 8, 16);
-      decoder_low, decoder_high (decoder, strides 4 and 8).
-
-    Raises:
-      ValueError: if a side cannot be halved as often as there are stages.
-    """
+    """Returns the maps of `networks`."""
     norm = layers.batch_norm(train, dtype=self.dtype, axis_name=self.axis_name)
     x = layers.normalize(image).astype(self.dtype)
     features = PatchEncoder(
@@ -125,25 +112,6 @@ class PatchUNet(nn.Module):
     }
 
 
-def patch_unet_50k(
-  dtype: Any = jnp.float32, axis_name: str | None = None
-) -> PatchUNet:
-  """Returns the PatchUNet of at most 50,000 parameters."""
-  return PatchUNet(
-    widths=(16, 24, 32, 40),
-    depths=(1, 1, 1, 1),
-    dtype=dtype,
-    axis_name=axis_name,
-  )
-
-
-def patch_unet_12k(
-  dtype: Any = jnp.float32, axis_name: str | None = None
-) -> PatchUNet:
-  """Returns the PatchUNet of at most 12,000 parameters."""
-  return PatchUNet(
-    widths=(8, 12, 16, 18),
-    depths=(1, 1, 1, 1),
-    dtype=dtype,
-    axis_name=axis_name,
-  )
+# Of at most 50,000 and at most 12,000 parameters.
+patch_unet_50k = functools.partial(PatchUNet, widths=(16, 24, 32, 40))
+patch_unet_12k = functools.partial(PatchUNet, widths=(8, 12, 16, 18))

@@ -86,8 +86,6 @@ class DeepLabV3Plus(nn.Module):
     features: channels of the pyramid's output and of the decoder.
     low_features: channels kept of the encoder's map at stride 4.
     drop_rate: of the encoder; above 0, training needs `rngs={"dropout": key}`.
-    dtype: of the computation; parameters and logits are float32.
-    axis_name: mapped axis over which BatchNorm shares its statistics.
   """
 
   encoder_variant: str = "lite2"
@@ -106,19 +104,9 @@ class DeepLabV3Plus(nn.Module):
 
   @nn.compact
   def __call__(self, image: Array, train: bool = False) -> dict[str, Array]:
-    """Segments `image`.
+    """Returns the maps of `networks`.
 
-    Args:
-      image: [B, H, W, 3] float in [0, 1], RGB; sides divisible by 32.
-      train: whether BatchNorm uses and updates the batch's statistics.
-
-    Returns:
-      logits [B, H, W] float32; low, high, s16 (encoder, strides 4, 8, 16);
-      decoder_low (stride 4) and decoder_high, the pyramid's output upsampled
-      to stride 8.
-
-    Raises:
-      ValueError: on another output stride, or a side not divisible by 32.
+    decoder_high is the pyramid's output, upsampled to stride 8.
     """
     layers.require_divisible(image, 32)
     norm = layers.batch_norm(train, dtype=self.dtype, axis_name=self.axis_name)

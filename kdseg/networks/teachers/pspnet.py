@@ -72,8 +72,6 @@ class PSPNet(nn.Module):
     features: channels of the pyramid's output and of stride 8.
     low_features: channels of stride 4.
     drop_rate: of the encoder; above 0, training needs `rngs={"dropout": key}`.
-    dtype: of the computation; parameters and logits are float32.
-    axis_name: mapped axis over which BatchNorm shares its statistics.
   """
 
   encoder_variant: str = "lite2"
@@ -91,20 +89,7 @@ class PSPNet(nn.Module):
 
   @nn.compact
   def __call__(self, image: Array, train: bool = False) -> dict[str, Array]:
-    """Segments `image`.
-
-    Args:
-      image: [B, H, W, 3] float in [0, 1], RGB; sides divisible by 32.
-      train: whether BatchNorm uses and updates the batch's statistics.
-
-    Returns:
-      logits [B, H, W] float32; low, high, s16 (encoder, strides 4, 8, 16);
-      decoder_low, decoder_high (decoder, strides 4 and 8). s16 is the
-      dilated encoder's last map.
-
-    Raises:
-      ValueError: if a side is not divisible by 32.
-    """
+    """Returns the maps of `networks`; s16 is the dilated encoder's last."""
     layers.require_divisible(image, 32)
     norm = layers.batch_norm(train, dtype=self.dtype, axis_name=self.axis_name)
     encoder_features = efficientnet_lite.EfficientNetLite(

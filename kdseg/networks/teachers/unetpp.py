@@ -54,8 +54,6 @@ class UNetPlusPlus(nn.Module):
     widths: channels of the nodes at strides 2, 4, 8 and 16.
     deep_supervision: also return "side_logits".
     drop_rate: of the encoder; above 0, training needs `rngs={"dropout": key}`.
-    dtype: of the computation; parameters and logits are float32.
-    axis_name: mapped axis over which BatchNorm shares its statistics.
   """
 
   encoder_variant: str = "lite2"
@@ -71,17 +69,10 @@ class UNetPlusPlus(nn.Module):
 
   @nn.compact
   def __call__(self, image: Array, train: bool = False) -> dict[str, Any]:
-    """Segments `image`.
+    """Returns the maps of `networks`.
 
-    Args:
-      image: [B, H, W, 3] float in [0, 1], RGB; sides divisible by 32.
-      train: whether BatchNorm uses and updates the batch's statistics.
-
-    Returns:
-      logits [B, H, W] float32; low, high, s16 (encoder, strides 4, 8, 16);
-      decoder_low x^{1,3} and decoder_high x^{2,2} (strides 4 and 8); with
-      `deep_supervision` also side_logits, the [B, H, W] of x^{0,1}, x^{0,2}
-      and x^{0,3}, shallowest first.
+    decoder_low is x^{1,3} and decoder_high x^{2,2}. With `deep_supervision`,
+    also side_logits, the [B, H, W] of x^{0,1}, x^{0,2} and x^{0,3}.
 
     Raises:
       ValueError: if `widths` are not four, or a side not divisible by 32.
