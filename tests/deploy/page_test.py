@@ -694,6 +694,16 @@ def test_a_browser_names_a_file_that_is_not_an_image(visit):
 
 
 @pytest.mark.slow
+def test_a_browser_shows_nothing_of_another_image_beside_an_error(visit):
+  assert "grey.png" in visit[0]["files"]  # was shown before
+  left = visit[0]["files"]["notes.jpg"]
+  assert left["numbers"] == [*3 * ["\N{EN DASH}"], "", ""]
+  assert not left["picture"]
+  assert not left["save"]
+  assert not left["pressed"]
+
+
+@pytest.mark.slow
 def test_the_keyboard_reaches_and_moves_everything(visit):
   seen = visit[0]
   reached = {at["name"] for at in seen["focus"]}

@@ -73,6 +73,20 @@ async function read(page, name) {
   };
 }
 
+/** Returns what is on the page beside an error. */
+async function left(page) {
+  const numbers = [];
+  for (const id of ["area", "confidence", "time", "time-of", "status"]) {
+    numbers.push(await page.locator(`#${id}`).textContent());
+  }
+  return {
+    numbers,
+    picture: await page.locator("#canvas").isVisible(),
+    save: await page.locator("#save").isEnabled(),
+    pressed: await page.locator("[aria-pressed=true]").count(),
+  };
+}
+
 const settled = (page, text) =>
   page.waitForFunction(
     (text) =>
@@ -156,8 +170,10 @@ async function main() {
       base,
     );
     const problem = await page.locator("#problem").textContent();
-    if (problem) seen.files[name] = { problem };
-    else await read(page, name);
+    if (problem) {
+      seen.files[name] = { problem, ...(await left(page)) };
+      await shoot(page, "problem.png");
+    } else await read(page, name);
   }
 
   // The same by drag and drop.

@@ -82,6 +82,29 @@ function show() {
   return `${name}: ${about}`;
 }
 
+/** Takes what is to be shown in place of what was; null for nothing. */
+function hold(next, example = null) {
+  shown?.bitmap.close();
+  shown = next;
+  $("stage").classList.toggle("empty", !shown);
+  $("invitation").hidden = Boolean(shown);
+  $("canvas").hidden = !shown;
+  $("outline").disabled = !shown;
+  $("save").disabled = !shown;
+  for (const button of $("examples").querySelectorAll("button")) {
+    button.setAttribute("aria-pressed", String(button === example));
+  }
+}
+
+/** Says what is wrong with an image, beside no picture and number of another. */
+function fail(text) {
+  hold(null);
+  for (const id of ["area", "confidence", "time"]) $(id).textContent = "–";
+  $("time-of").textContent = "";
+  say("");
+  complain(text);
+}
+
 function draw(canvas, { bitmap, result }, outlined) {
   const threshold = Number($("threshold").value);
   const { width, height } = mapSize(bitmap);
@@ -159,22 +182,12 @@ async function take(name, read, example = null) {
       bitmap.close();
       return;
     }
-    shown?.bitmap.close();
-    shown = { name, bitmap, result };
-    $("stage").classList.remove("empty");
-    $("invitation").hidden = true;
-    $("canvas").hidden = false;
-    $("outline").disabled = false;
-    $("save").disabled = false;
-    for (const button of $("examples").querySelectorAll("button")) {
-      button.setAttribute("aria-pressed", String(button === example));
-    }
+    hold({ name, bitmap, result }, example);
     say(`${show()}.`);
   } catch (error) {
     bitmap?.close();
     if (mine !== request) return;
-    say("");
-    complain(
+    fail(
       error instanceof ImageError
         ? `${name} ${error.message}`
         : `${name} could not be outlined: ${error.message}`,
@@ -200,7 +213,9 @@ async function again() {
     shown.result = result;
     say(`${show()}.`);
   } catch (error) {
-    complain(`${name} could not be outlined: ${error.message}`);
+    if (mine === request) {
+      fail(`${name} could not be outlined: ${error.message}`);
+    }
   }
 }
 
