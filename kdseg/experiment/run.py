@@ -67,6 +67,8 @@ def run(
   """
   parsed = config_lib.parse(config, extensions)
   this = Run(parsed, pathlib.Path(workdir), _make_log(workdir), stop)
+  with files.writing(this.workdir):
+    this.workdir.mkdir(parents=True, exist_ok=True)
   with contextlib.ExitStack() as stack:
     if hosts.on_first(lambda: _enter(this, stack)) and not jobs.list_jobs(this):
       _LOG.info("%s is finished; nothing to do", workdir)
@@ -99,8 +101,6 @@ def _make_log(workdir: str | pathlib.Path) -> Log:
 
 def _enter(run: Run, stack: contextlib.ExitStack) -> bool:
   """Locks the workdir until `stack` ends; whether its report is up to date."""
-  with files.writing(run.workdir):
-    run.workdir.mkdir(parents=True, exist_ok=True)
   stack.enter_context(workdir_lib.locked(run.workdir))
   is_same = workdir_lib.check_config(run.config.tree, run.workdir)
   check_trained(run)
