@@ -138,6 +138,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   c.data.batch_size = 8
   c.data.manual_dir = ""
   c.data.data_dir = ""
+  # Ids of images that may look like one of another split, joined by commas.
+  c.data.allow_alike = ""
   c.data.options = {
     name: {"grey_masks": "error", "lesion": "white"}
     for name in ("isic2016", "ph2", "folder")

@@ -29,6 +29,8 @@ def get_config() -> ml_collections.ConfigDict:
   c.data.batch_size = 16
   c.data.manual_dir = ""
   c.data.data_dir = ""
+  # Ids of images that may look like one of another split, joined by commas.
+  c.data.allow_alike = ""
   c.data.options = {
     "synthetic": {"train": 256, "validation": 32, "test": 64, "seed": 0},
     "folder": {"grey_masks": "error", "lesion": "white"},

@@ -40,7 +40,9 @@ def main(
   }
   try:
     if arguments.command == "verify":
-      report = verify.verify(arguments.name, **where, **options)
+      report = verify.verify(
+        arguments.name, allow_alike=arguments.allow_alike, **where, **options
+      )
       print(verify.describe(report, limit=arguments.limit))
       return 0 if report.ok else 1
     builder = prepare.prepare(arguments.name, **where, **options)
@@ -75,6 +77,12 @@ def _parser(builders: prepare.Builders) -> argparse.ArgumentParser:
     metavar="KEY=VALUE",
     help="as in the config's data.options, e.g. grey_masks=threshold"
     " (isic2016 also knows duplicates=include); may be repeated",
+  )
+  parser.add_argument(
+    "--allow-alike",
+    default="",
+    metavar="ID,ID",
+    help="images that may look like one of another split (`verify`)",
   )
   parser.add_argument(
     "--limit", type=int, default=20, help="lines to print of each list"

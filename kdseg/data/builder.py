@@ -9,7 +9,6 @@ at the end, so an error leaves no half-prepared data set behind.
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
-import dataclasses
 import os
 import pathlib
 import types
@@ -214,9 +213,7 @@ class PairBuilder(  # type: ignore[call-arg]  # tfds itself has no types
     self, split_pairs: tuple[Pair, ...]
   ) -> Iterator[tuple[int, dict[str, Any]]]:
     for index, pair in enumerate(split_pairs):
-      pair = dataclasses.replace(
-        pair, image=pair.image.held(), mask=pair.mask.held()
-      )
+      pair = pair.held()
       image, mask = masks.decode_pair(pair, self.mask_rule)
       yield (
         index,

@@ -1,5 +1,6 @@
 """Decodes masks; refuses values whose meaning is not certain."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -183,6 +184,27 @@ def decode_pair(
   return image, mask
 
 
-def touches_frame(mask: np.ndarray) -> bool:
-  """Whether any pixel of the outermost rows and columns is lesion."""
-  return bool(mask[[0, -1]].any() or mask[:, [0, -1]].any())
+def frame_share(mask: np.ndarray) -> float:
+  """Returns the share of a mask's outermost rows and columns that is lesion."""
+  inner = mask[1:-1, 1:-1]
+  return float((mask.sum() - inner.sum()) / max(1, mask.size - inner.size))
+
+
+def warn_of_inverted(
+  shares: Sequence[float], rule: MaskRule
+) -> tuple[str, ...]:
+  """Returns a warning if nearly all masks have lesion along their frame.
+
+  Args:
+    shares: the `frame_share` of each mask.
+    rule: names the data set.
+  """
+  along = sum(share > 0.5 for share in shares)
+  if len(shares) < 3 or along < 0.8 * len(shares):
+    return ()
+  other = "white" if rule.lesion == "black" else "black"
+  return (
+    f"{rule.data_set}: {along} of {len(shares)} masks are lesion along most of"
+    " the frame, so they may be inverted. If they are, pass"
+    f" {rule.flags('lesion', other)}",
+  )

@@ -38,6 +38,12 @@ class Pair:
   mask: archives.File
   diagnosis: str = ""
 
+  def held(self) -> "Pair":
+    """Returns the same pair with both files' contents held in memory."""
+    return dataclasses.replace(
+      self, image=self.image.held(), mask=self.mask.held()
+    )
+
 
 @dataclasses.dataclass(frozen=True)
 class Inventory:
@@ -208,7 +214,7 @@ def listing(names: Iterable[str], limit: int = 5) -> str:
 
 def warn_of_few(name: str, count: int) -> tuple[str, ...]:
   """Returns a warning if a test set is too small for its mean to say much."""
-  if count >= FEW_TEST_IMAGES:
+  if not 0 < count < FEW_TEST_IMAGES:
     return ()
   return (
     f"{name} has only {count} test images: a mean over so few says little;"

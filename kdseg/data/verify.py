@@ -5,60 +5,28 @@ sizes, empty masks, masks that touch the frame, and images that look alike
 within a split or across splits, which forbid nothing.
 """
 
+from collections.abc import Iterator
 from collections.abc import Mapping
+from collections.abc import Sequence
 import dataclasses
-import functools
 import pathlib
+import re
 from typing import Any
 
 import numpy as np
-from PIL import Image
-from scipy import fft
 import tqdm
 
+from kdseg.data import alike as alike_lib
 from kdseg.data import archives
 from kdseg.data import builder as builder_lib
 from kdseg.data import decode
 from kdseg.data import masks
-from kdseg.data import orientations
 from kdseg.data import pairs as pairs_lib
 from kdseg.data import prepare
 from kdseg.data import sets
 from kdseg.data.archives import DataError
 from kdseg.data.pairs import Inventory
 from kdseg.data.pairs import Pair
-
-# Bits of 255 in which two images may differ and still be called alike. On
-# ISIC-2016 and PH2 the closest two of 1330 images differ in 44; an image and
-# its copy saved as JPEG of quality 20, or at half the size, in at most 34.
-# A copy that was cropped by more than about 2 % is not found.
-ALIKE_BITS = 36
-
-_HASH_SIDE = 16
-_THUMB_SIDE = 32
-
-
-@dataclasses.dataclass(frozen=True)
-class Alike:
-  """Two images that look alike, in one of eight orientations.
-
-  Attributes:
-    first: `split/id`.
-    second: `split/id`.
-    bits: in how many of the 255 bits of their hashes they differ.
-  """
-
-  first: str
-  second: str
-  bits: int
-
-  @property
-  def across(self) -> bool:
-    """Whether they are in different splits."""
-    return self.first.split("/", 1)[0] != self.second.split("/", 1)[0]
-
-  def __str__(self) -> str:
-    return f"{self.first} and {self.second} ({self.bits} of 255 bits differ)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +52,7 @@ class Report:
   problems: tuple[str, ...]
   empty: tuple[str, ...] = ()
   touching: tuple[str, ...] = ()
-  alike: tuple[Alike, ...] = ()
+  alike: tuple[alike_lib.Alike, ...] = ()
   warnings: tuple[str, ...] = ()
 
   @property
@@ -99,6 +67,7 @@ def verify(
   manual_dir: prepare.Path | None = None,
   data_dir: prepare.Path | None = None,
   builders: prepare.Builders = sets.BUILDERS,
+  allow_alike: str = "",
   **options: Any,
 ) -> Report:
   """Checks every file of a data set.
@@ -109,6 +78,7 @@ def verify(
       `data_dir` are checked instead.
     data_dir: see `prepare.make_builder`.
     builders: see `prepare.make_builder`.
+    allow_alike: see `inspect`.
     **options: see `prepare.make_builder`.
 
   Returns:
@@ -141,6 +111,7 @@ def verify(
     official=builder.official_counts or inventory.found,
     # What lies prepared went through the rule already.
     rule=builder.mask_rule if manual_dir is not None else masks.MaskRule(),
+    allow_alike=allow_alike,
   )
   count = len(inventory.splits.get("test", ()))
   return dataclasses.replace(
@@ -199,6 +170,7 @@ def inspect(
   *,
   official: Mapping[str, int],
   rule: masks.MaskRule = masks.MaskRule(),  # noqa: B008  (an immutable tuple)
+  allow_alike: str = "",
 ) -> Report:
   """Decodes every pair of an inventory and reports on it.
 
@@ -207,6 +179,8 @@ def inspect(
     inventory: its pairs.
     official: by split, pairs of the official release.
     rule: which values of masks are lesion.
+    allow_alike: ids, joined by commas, of images that may look like one of
+      another split.
 
   Returns:
     The report.
@@ -214,23 +188,14 @@ def inspect(
   problems = list(inventory.problems)
   sizes: dict[str, list[tuple[int, int]]] = {s: [] for s in inventory.splits}
   thumbs: dict[str, np.ndarray] = {}
-  empty, touching = [], []
-  everything = [
-    (split, pair)
-    for split, split_pairs in inventory.splits.items()
-    for pair in split_pairs
-  ]
-  for split, pair in tqdm.tqdm(
-    everything, desc=f"Reading {title}", leave=False, disable=None
-  ):
+  empty, touching, frame_shares = [], [], []
+  for split, pair in _each_pair(title, inventory):
     label = f"{split}/{pair.id}"
     try:
-      pair = dataclasses.replace(
-        pair, image=pair.image.held(), mask=pair.mask.held()
-      )
+      pair = pair.held()
       image = decode.decode_image(pair.image.read(), pair.image.where)
       sizes[split].append(image.shape[:2])
-      thumbs[label] = thumb(image)
+      thumbs[label] = alike_lib.thumb(image)
       mask = masks.decode_mask(pair.mask.read(), pair.mask.where, rule)
       decode.check_fit(pair, image, mask)
     except DataError as error:
@@ -238,8 +203,11 @@ def inspect(
       continue
     if not mask.any():
       empty.append(label)
-    if masks.touches_frame(mask):
+    frame_shares.append(masks.frame_share(mask))
+    if frame_shares[-1]:
       touching.append(label)
+  alike = alike_lib.find_alike(thumbs)
+  problems += alike_lib.refuse(alike, allow_alike)
   return Report(
     title=title,
     inventory=inventory,
@@ -248,69 +216,47 @@ def inspect(
     problems=tuple(problems),
     empty=tuple(empty),
     touching=tuple(touching),
-    alike=find_alike(thumbs),
+    alike=alike,
+    warnings=masks.warn_of_inverted(frame_shares, rule),
   )
 
 
-def thumb(image: np.ndarray) -> np.ndarray:
-  """Shrinks uint8 [h, w, 3] to grey float32 [32, 32], the frame squashed."""
-  grey = Image.fromarray(image).convert("L")
-  small = grey.resize((_THUMB_SIDE, _THUMB_SIDE), Image.Resampling.BOX)
-  return np.asarray(small, np.float32)
-
-
-def perceptual_hash(thumbs: np.ndarray) -> np.ndarray:
-  """Hashes pictures so that look-alikes differ in few bits.
-
-  The signs of the lowest 255 frequencies of a cosine transform (Zauner,
-  "Implementation and benchmarking of perceptual image hash functions", 2010)
-  against their median; with 16 x 16 of them instead of 8 x 8, since
-  dermoscopic images are all alike in the lowest 63.
-
-  Args:
-    thumbs: [n, 32, 32] float.
-
-  Returns:
-    [n, 4] uint64; the last bit is always 0.
-  """
-  waves = fft.dctn(thumbs, axes=(1, 2), norm="ortho")
-  low = waves[:, :_HASH_SIDE, :_HASH_SIDE].reshape(len(thumbs), -1)[:, 1:]
-  bits = low > np.median(low, axis=1, keepdims=True)
-  packed = np.packbits(bits, axis=1)
-  return np.ascontiguousarray(packed).view(np.uint64)
-
-
-def find_alike(thumbs: Mapping[str, np.ndarray]) -> tuple[Alike, ...]:
-  """Finds pairs of images that look alike, in any of eight orientations.
-
-  Args:
-    thumbs: see `thumb`, by `split/id`.
-
-  Returns:
-    The pairs, those across splits first, then by likeness.
-  """
-  if len(thumbs) < 2:
-    return ()
-  names = list(thumbs)
-  stacked = np.stack(list(thumbs.values()))
-  turned = [
-    perceptual_hash(orientations.orient(stacked, k))
-    for k in range(orientations.ORIENTATIONS)
+def _each_pair(title: str, inventory: Inventory) -> Iterator[tuple[str, Pair]]:
+  """Yields every pair with its split, and shows how far it is."""
+  everything = [
+    (split, pair)
+    for split, split_pairs in inventory.splits.items()
+    for pair in split_pairs
   ]
-  found = []
-  for row in range(len(names) - 1):
-    bits = functools.reduce(
-      np.minimum,
-      (
-        np.bitwise_count(turned[0][row] ^ way[row + 1 :]).sum(-1, dtype=int)
-        for way in turned
-      ),
+  yield from tqdm.tqdm(
+    everything, desc=f"Reading {title}", leave=False, disable=None
+  )
+
+
+def group(problems: Sequence[str]) -> list[str]:
+  """Says problems of one kind in one line, with a count and three examples.
+
+  Of one kind are lines that differ only in paths, ids and numbers: in words
+  with a digit, a slash or a full stop inside, or before a colon at the start.
+  """
+  kinds: dict[str, list[str]] = {}
+  for problem in problems:
+    words = re.sub(r"^[^:]*: ", "", problem).split()
+    kind = " ".join(w for w in words if not re.search(r"[\d/]|\.\w", w))
+    kinds.setdefault(kind, []).append(problem)
+  lines = []
+  for alike in kinds.values():
+    if len(alike) <= 3:
+      lines += alike
+      continue
+    others = ", ".join(
+      problem.split(": ")[0].split()[0] for problem in alike[1:3]
     )
-    found += [
-      Alike(names[row], names[row + 1 + other], int(bits[other]))
-      for other in np.flatnonzero(bits <= ALIKE_BITS).tolist()
-    ]
-  return tuple(sorted(found, key=lambda pair: (not pair.across, pair.bits)))
+    lines.append(
+      f"{len(alike)} times: {alike[0]} Likewise {others} and"
+      f" {len(alike) - 3} more."
+    )
+  return lines
 
 
 def describe(report: Report, *, limit: int = 20) -> str:
@@ -331,15 +277,16 @@ def describe(report: Report, *, limit: int = 20) -> str:
   lines += [f"  note: {note}" for note in inventory.notes]
   across = [pair for pair in report.alike if pair.across]
   within = [pair for pair in report.alike if not pair.across]
-  for title, entries in (
-    ("problems, each to be solved before use", report.problems),
-    ("warnings", report.warnings),
-    ("empty masks", report.empty),
-    ("masks that touch the frame", report.touching),
-    ("look-alikes across splits", across),
-    ("look-alikes within a split", within),
+  problems = group(report.problems)
+  for title, count, entries in (
+    ("problems, each to be solved before use", len(report.problems), problems),
+    ("warnings", len(report.warnings), report.warnings),
+    ("empty masks", len(report.empty), report.empty),
+    ("masks that touch the frame", len(report.touching), report.touching),
+    ("look-alikes across splits", len(across), across),
+    ("look-alikes within a split", len(within), within),
   ):
-    lines += ["", f"{len(entries)} {title}"]
+    lines += ["", f"{count} {title}"]
     lines += [f"  {entry}" for entry in entries[:limit]]
     if len(entries) > limit:
       lines.append(f"  and {len(entries) - limit} more")

@@ -211,6 +211,14 @@ def _check_data(config: ExperimentConfig) -> None:
       "data.tests names nothing to score on; for the validation images write "
       f'"{VALIDATION}"'
     )
+  scored = [c.builders[test] for test in c.tests if test != VALIDATION]
+  is_own = not all(b.official for b in (c.builders[c.name], *scored))
+  if is_own and c.name not in c.tests and VALIDATION not in c.tests:
+    raise ValueError(
+      f'data.name is "{c.name}", but data.tests scores {", ".join(c.tests)} '
+      f"alone; pass --config.data.tests=\"('{c.name}',)\" too, with more names "
+      f'if more are to be scored, or with "{VALIDATION}"'
+    )
   if c.size % 32:
     raise ValueError(f"data.size must be divisible by 32, not {c.size}")
   count = jax.device_count()

@@ -54,6 +54,8 @@ class DataConfig:
     data_dir: where prepared data sets lie; "" for the default of tfds.
     options: of the builders, by data set.
     builders: of the package and of the user, by data set.
+    allow_alike: ids, joined by commas, of images that may look like one of
+      another split.
   """
 
   name: str
@@ -64,6 +66,7 @@ class DataConfig:
   data_dir: str
   options: Mapping[str, Mapping[str, Any]]
   builders: Mapping[str, type[PairBuilder]] = sets.BUILDERS
+  allow_alike: str = ""
 
   def test_name(self, test: str) -> str:
     """Returns what an entry of `tests` is called in scores.csv."""

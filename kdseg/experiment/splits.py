@@ -5,8 +5,10 @@ import dataclasses
 import logging
 from typing import Any
 
+from kdseg.data import alike
 from kdseg.data import archives
 from kdseg.data import loading
+from kdseg.data import masks
 from kdseg.data import pairs
 from kdseg.experiment.records import VALIDATION
 from kdseg.experiment.records import DataConfig
@@ -93,14 +95,58 @@ def load(config: DataConfig) -> Data:
       },
     )
   _check_agreement(data)
-  notes = [
-    note
-    for name, arrays in data.tests.items()
-    for note in pairs.warn_of_few(name, len(arrays))
-  ]
-  for note in notes:
+  notes = (
+    *_check_alike(data, config.allow_alike),
+    *(
+      note
+      for name, arrays in data.tests.items()
+      for note in pairs.warn_of_few(name, len(arrays))
+    ),
+  )
+  for note in (*notes, *_warn_of_inverted(data)):
     _LOG.warning("data: %s", note)
-  return dataclasses.replace(data, notes=tuple(notes))
+  return dataclasses.replace(data, notes=notes)
+
+
+def _check_alike(data: Data, allowed: str) -> list[str]:
+  """Refuses the same picture in two splits, or in training and a test set.
+
+  Returns:
+    A sentence for each two that are allowed.
+
+  Raises:
+    DataError: that names both, and the flag that allows them.
+  """
+  seen = {"train": data.train, "validation": data.validation}
+  parts = {**seen, **data.tests}
+  thumbs = {
+    f"{name}/{id_}": alike.thumb(image)
+    for name, arrays in parts.items()
+    if name in seen or arrays is not data.validation
+    for id_, image in zip(arrays.ids, arrays.image, strict=True)
+  }
+  found = [
+    pair
+    for pair in alike.find_alike(thumbs)
+    if pair.across
+    and seen.keys() & {pair.first.split("/")[0], pair.second.split("/")[0]}
+  ]
+  if problems := alike.refuse(found, allowed):
+    more = f" ({len(problems) - 1} more like this)" if problems[1:] else ""
+    raise archives.DataError(problems[0] + more)
+  return [f"allowed to look alike: {pair}" for pair in found]
+
+
+def _warn_of_inverted(data: Data) -> list[str]:
+  """Returns a line for each split of which nearly all masks touch the frame."""
+  return [
+    warning
+    for arrays in data.by_name().values()
+    for warning in masks.warn_of_inverted(
+      [masks.frame_share(mask) for mask in arrays.mask],
+      masks.MaskRule(data_set=arrays.name),
+    )
+  ]
 
 
 def _check_agreement(data: Data) -> None:

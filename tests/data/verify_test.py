@@ -1,9 +1,12 @@
+import re
+
 import numpy as np
 from PIL import Image
 import pytest
 import tiny_archives as tiny
 
 from kdseg.data import __main__ as command
+from kdseg.data import alike
 from kdseg.data import masks
 from kdseg.data import pairs
 from kdseg.data import prepare
@@ -19,8 +22,8 @@ def _drawings(count: int) -> list[np.ndarray]:
 
 
 def _alike(pictures: list[np.ndarray], names: list[str]) -> list[tuple]:
-  thumbs = dict(zip(names, map(verify.thumb, pictures), strict=True))
-  return [(pair.first, pair.second) for pair in verify.find_alike(thumbs)]
+  thumbs = dict(zip(names, map(alike.thumb, pictures), strict=True))
+  return [(pair.first, pair.second) for pair in alike.find_alike(thumbs)]
 
 
 def test_different_lesions_are_not_alike():
@@ -63,9 +66,9 @@ def test_a_copy_is_found_after_saving_and_resizing(copy):
 
 
 def test_hash_distance_equals_counting_bits_one_by_one():
-  thumbs = np.stack([verify.thumb(picture) for picture in _drawings(5)])
+  thumbs = np.stack([alike.thumb(picture) for picture in _drawings(5)])
   thumbs[4] = thumbs[1] + 0.5 * (thumbs[0] - thumbs[1])
-  hashes = verify.perceptual_hash(thumbs)
+  hashes = alike.perceptual_hash(thumbs)
   assert hashes.shape == (5, 4)
   # A one-bit weight of the transform: 127 of 255 lie above the median.
   assert {int(np.bitwise_count(row).sum()) for row in hashes} == {127}
@@ -83,7 +86,7 @@ def test_a_mask_touches_the_frame_at_any_edge(edge):
   at = {"top": (0, 3), "bottom": (4, 3), "left": (2, 0), "right": (2, 5)}
   if edge in at:
     mask[at[edge]] = True
-  assert masks.touches_frame(mask) == (edge != "none")
+  assert (masks.frame_share(mask) > 0) == (edge != "none")
 
 
 @pytest.fixture
@@ -112,13 +115,14 @@ def test_every_fault_is_listed_not_only_the_first(faulty):
   report = verify.verify("folder", manual_dir=faulty)
   assert not report.ok
   joined = "\n".join(report.problems)
-  assert len(report.problems) == 5
+  assert len(report.problems) == 6
   for part in (
     "t9: no mask",
     "t2.png is a mask with grey values",
     "t3: the mask is 5x5",
     "t4.png cannot be decoded",
     "folder has no pair for validation,",
+    "train/t0 and test/e0 (0 of 255 bits differ) look like the same picture",
   ):
     assert part in joined
   assert report.empty == ("train/t0",)
@@ -175,12 +179,71 @@ def test_prepared_records_are_verified_without_their_source(tmp_path, isic):
 
 
 def test_long_lists_are_cut_and_counted():
-  problems = tuple(f"problem {n}" for n in range(9))
-  report = verify.Report("x", pairs.Inventory({}), {}, {}, problems)
+  problems = [f"{kind * 3}: all {kind * 5}" for kind in "abcdefghi"]
+  report = verify.Report("x", pairs.Inventory({}), {}, {}, tuple(problems))
   text = verify.describe(report, limit=2)
   assert "9 problems" in text
-  assert "problem 1\n  and 7 more" in text
+  assert "bbb: all bbbbb\n  and 7 more" in text
   assert text.endswith("not usable as it is")
+
+
+def test_24_times_one_mistake_is_one_line_with_a_count_and_examples(
+  tmp_path, make_folder, capsys
+):
+  own = make_folder(tmp_path, [f"p{n:02}" for n in range(24)])
+  for n, path in enumerate(sorted((own / "masks").iterdir())):
+    values = np.resize(np.arange(2 + n % 3 + 1, dtype=np.uint8), (8, 12))
+    path.write_bytes(tiny.encode(values, "PNG"))
+  assert command.main(["verify", "folder", "--manual-dir", str(own)]) == 1
+  printed = capsys.readouterr().out
+  assert "\n24 problems, each" in printed
+  [line] = [line for line in printed.splitlines() if "mask of classes" in line]
+  assert line.startswith("  24 times: ")
+  assert line.endswith(" and 21 more.")
+  assert len(re.findall(r"masks/p\d\d\.png", line)) == 3
+
+
+@pytest.mark.parametrize("count", [3, 40])
+def test_inverted_masks_are_warned_of_with_the_flag_that_inverts(
+  tmp_path, make_folder, count
+):
+  own = make_folder(tmp_path, [f"p{n}" for n in range(count)])
+  paths = sorted((own / "masks").iterdir())
+  for n, path in enumerate(paths):
+    # A fifth may be as they should be.
+    mask = tiny.lesion(n)
+    path.write_bytes(tiny.mask_bytes(mask if n < count // 5 else ~mask))
+  [warning] = [
+    line
+    for line in verify.verify("folder", manual_dir=own).warnings
+    if "inverted" in line
+  ]
+  option = re.search(r"--option lesion=(\w+)", warning)[1]
+  assert option == "black"
+  assert "--config.data.options.folder.lesion=black" in warning
+  turned = verify.verify("folder", manual_dir=own, lesion=option)
+  assert not any("inverted" in line for line in turned.warnings)
+  assert len(turned.touching) == count // 5
+
+
+def test_a_copy_in_two_splits_is_refused_until_its_id_is_allowed(
+  tmp_path, make_folder, capsys
+):
+  own = make_folder(tmp_path, ["a", "b", "c"])
+  picture = Image.fromarray(synthetic.draw(np.random.default_rng(0), 96)[0])
+  ways = {"a": picture, "b": picture.rotate(180), "c": picture.resize((60, 60))}
+  for name, image in ways.items():
+    image.convert("RGB").save(own / "images" / f"{name}.png")
+    mask = tiny.lesion(0, image.height, image.width)
+    (own / "masks" / f"{name}.png").write_bytes(tiny.mask_bytes(mask))
+  arguments = ["verify", "folder", "--manual-dir", str(own)]
+  assert command.main(arguments) == 1
+  printed = capsys.readouterr().out
+  assert "3 problems" in printed
+  flags = re.findall(r"--allow-alike (\w)\)", printed)
+  assert flags
+  assert command.main([*arguments, "--allow-alike", "a,b"]) == 0
+  assert command.main([*arguments, "--allow-alike", "c"]) == 1
 
 
 # The command line.
@@ -191,7 +254,7 @@ def test_verify_ends_with_0_or_1(tmp_path, faulty, make_folder, capsys):
   assert command.main(["verify", "folder", "--manual-dir", str(good)]) == 0
   assert capsys.readouterr().out.rstrip().endswith("ok")
   assert command.main(["verify", "folder", "--manual-dir", str(faulty)]) == 1
-  assert "5 problems" in capsys.readouterr().out
+  assert "6 problems" in capsys.readouterr().out
 
 
 def test_prepare_prepares_and_says_what_it_found(tmp_path, isic, capsys):

@@ -1,3 +1,8 @@
+import re
+import shlex
+
+from absl import flags
+from ml_collections import config_flags
 import pytest
 from tiny_run import TEACHER
 from tiny_run import make_config
@@ -224,6 +229,29 @@ def test_data_that_do_not_exist_are_refused(tmp_path, key, value, message):
   config.data[key] = value
   with pytest.raises(ValueError, match=message):
     config_lib.parse(config)
+
+
+# ml_collections loads a config file by a way that Python gives up.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("shipped", ["quickstart", "isic2016"])
+def test_a_name_whose_own_test_pictures_are_not_scored_is_refused_with_the_flag(
+  shipped,
+):
+  def parse(*changes):
+    line = ["kdseg", f"--config=configs/{shipped}.py", *changes]
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file(
+      "config", flag_values=values, sys_argv=line, lock_config=True
+    )
+    values(line)
+    return config_lib.parse(values.config)
+
+  with pytest.raises(ValueError, match=r'data\.name is "folder", but') as error:
+    parse("--config.data.name=folder")
+  flag = re.search(r"--config.data.tests=\"[^\"]*\"", str(error.value))[0]
+  assert parse("--config.data.name=folder", *shlex.split(flag)).data.tests == (
+    "folder",
+  )
 
 
 def test_a_tap_that_a_network_lacks_is_named_before_anything_is_trained(
