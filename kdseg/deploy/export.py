@@ -97,7 +97,7 @@ def export(
     What PARITY.json says: by file its bytes, its largest distance from JAX
     over golden and random inputs, and its milliseconds for one image on one
     thread; for 8-bit weights also the share of pixels of the golden images
-    that change sides.
+    that change sides, and the CPU.
 
   Raises:
     ImportError: if a package is not installed; names the extra.
@@ -219,6 +219,7 @@ def _measure(
         before, after = expected["golden"], golden
         changed = (before > model.threshold) != (after > model.threshold)
         entry["changed_pixels"] = float(np.mean(changed))
+        entry["cpu"] = parity_lib.describe_cpu()
       # `not <=`, so that NaN is refused, too.
       elif not distance <= parity_lib.TOLERANCE:
         raise parity_lib.ParityError(

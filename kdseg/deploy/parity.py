@@ -1,6 +1,8 @@
 """Measures how far each file of an export is from JAX, and how fast it is."""
 
 from collections.abc import Mapping
+import pathlib
+import platform
 import time
 from typing import Any
 
@@ -72,6 +74,29 @@ def measure(
   return entry, outputs["golden"]
 
 
+def describe_cpu(cpuinfo: str | None = None) -> str:
+  """Says which CPU this is to a file with 8-bit weights.
+
+  Args:
+    cpuinfo: of Linux; that of this machine if None.
+
+  Returns:
+    For example "x86_64 CPU with VNNI".
+  """
+  name = f"{platform.machine()} CPU"
+  if cpuinfo is None:
+    path = pathlib.Path("/proc/cpuinfo")
+    cpuinfo = path.read_text() if path.exists() else ""
+  flags = next(
+    (line.split() for line in cpuinfo.splitlines() if line[:5] == "flags"), None
+  )
+  # Other CPUs, and other systems, list no such flags.
+  if flags is None:
+    return name
+  has = not {"avx512_vnni", "avx_vnni"}.isdisjoint(flags)
+  return f"{name} {'with' if has else 'without'} VNNI"
+
+
 def is_int8(entry: Any) -> bool:
   """Whether an entry of PARITY.json is of a file with 8-bit weights."""
   return isinstance(entry, Mapping) and "changed_pixels" in entry
@@ -93,5 +118,6 @@ def describe_int8(name: str, parity: Mapping[str, Any]) -> str:
     f"{'smaller' if size < 1 else 'no smaller'} and {speed} here, with "
     f"{size:.0%} of the bytes of {full_name} and {pace:.2f} times its "
     f"milliseconds; {entry['changed_pixels']:.2%} of the golden images' pixels "
-    "change sides"
+    f"change sides; measured on an {entry['cpu']}, and 8-bit arithmetic is not "
+    "the same on all: compare with golden.npz where it is to run"
   )

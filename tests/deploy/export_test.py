@@ -1,11 +1,13 @@
 import io
 import json
 import pathlib
+import platform
 import shutil
 import sys
 
 from jax import export as jax_export
 import numpy as np
+import onnx
 import pytest
 import tiny_model
 
@@ -77,6 +79,34 @@ def test_int8_weights_are_near_and_their_distance_is_stated(
   assert stated["largest_difference"]["golden"] == pytest.approx(distance)
   changed = (output > model.threshold) != (expected > model.threshold)
   assert stated["changed_pixels"] == np.mean(changed)
+  assert stated["cpu"] == parity.describe_cpu()
+  assert f"an {stated['cpu']}" in (folder / "README.md").read_text()
+
+
+def test_8_bit_products_do_not_saturate_on_a_cpu_without_vnni(folder):
+  graph = onnx.load(folder / "model.int8.onnx").graph
+  kernels = [
+    onnx.numpy_helper.to_array(tensor)
+    for tensor in graph.initializer
+    if tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) == 4
+  ]
+  assert kernels
+  # Two products of uint8 and such a weight fit in an int16.
+  assert max(np.abs(kernel.astype(int)).max() for kernel in kernels) <= 64
+
+
+@pytest.mark.parametrize(
+  ("cpuinfo", "said"),
+  [
+    ("model name\t: a\nflags\t\t: fpu avx512_vnni sse\n", " CPU with VNNI"),
+    ("flags\t\t: fpu avx_vnni\n", " CPU with VNNI"),
+    ("flags\t\t: fpu avx2\n", " CPU without VNNI"),
+    ("Features\t: fp asimd\n", " CPU"),
+    ("", " CPU"),
+  ],
+)
+def test_a_cpu_is_described_by_what_8_bit_products_need(cpuinfo, said):
+  assert parity.describe_cpu(cpuinfo) == platform.machine() + said
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", *FULL, *INT8])
@@ -187,12 +217,14 @@ def test_the_verdict_on_int8_weights_is_plain(times, said):
       "bytes": 40,
       "milliseconds": times[1],
       "changed_pixels": 0.0125,
+      "cpu": "x86_64 CPU without VNNI",
     },
   }
   verdict = parity.describe_int8("model.int8.onnx", entries)
   assert verdict.startswith(said)
   assert "40% of the bytes of model.onnx" in verdict
   assert "1.25%" in verdict
+  assert "measured on an x86_64 CPU without VNNI" in verdict
 
 
 def test_the_distances_are_those_that_were_measured(folder):
