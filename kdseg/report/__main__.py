@@ -2,6 +2,7 @@
 
   kdseg report runs/isic2016
   kdseg report runs/seed0 runs/seed1 --out results
+  kdseg report runs/isic2016 --without ISIC_0011292 --out without
 
 A folder is a workdir, or an --out of this command.
 """
@@ -43,16 +44,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     type=pathlib.Path,
     help="folder for the tables; the workdir itself if there is only one",
   )
+  parser.add_argument(
+    "--without",
+    nargs="+",
+    metavar="ID",
+    default=(),
+    help="images to leave out; the tables say how many are left",
+  )
   args = parser.parse_args(argv)
   if args.out is None and len(args.workdir) > 1:
     parser.error("several folders: say with --out where their table goes")
   out = args.out or args.workdir[0]
+  is_new = all(out.resolve() != folder.resolve() for folder in args.workdir)
+  if args.without and not is_new:
+    parser.error("--without: say with --out where the tables of the rest go")
   try:
     rows, meta = _load(args.workdir)
+    rows = _leave_out(rows, args.without)
     texts = tables.make_tables(rows, meta)
     with files.writing(out):
       out.mkdir(parents=True, exist_ok=True)
-    if all(out.resolve() != folder.resolve() for folder in args.workdir):
+    if is_new:
       scores.write(out / "scores.csv", rows)
       text = json.dumps(meta, indent=2, sort_keys=True) + "\n"
       texts = {"report.json": text, **texts}
@@ -95,6 +107,13 @@ def _load(
       file=sys.stderr,
     )
   return scores.merge(*parts), meta_lib.merge(stated)
+
+
+def _leave_out(rows: list[scores.Row], ids: Sequence[str]) -> list[scores.Row]:
+  unknown = set(ids) - {row["id"] for row in rows}
+  if unknown:
+    raise ValueError(f"--without: no image is called {min(unknown)}")
+  return [row for row in rows if row["id"] not in ids]
 
 
 def _read_meta(path: pathlib.Path) -> dict[str, Any] | None:

@@ -369,6 +369,29 @@ class TestCommand:
       tables.make_tables(rows + more, META)["table.md"]
     )
 
+  def test_leaves_out_images_and_says_how_many_are_left(
+    self, workdir, tmp_path, rows
+  ):
+    meta = {**META, "datasets": {"ph2": {"found": 12, "official": 12}}}
+    (workdir / "report.json").write_text(json.dumps(meta))
+    out = tmp_path / "out"
+    args = [str(workdir), "--without", "3", "5", "--out", str(out)]
+    assert command.main(args) == 0
+    kept = [row for row in rows if row["id"] not in ("3", "5")]
+    text = (out / "table.md").read_text("utf-8")
+    assert text == tables.make_tables(kept, meta)["table.md"]
+    assert "n = 10 of 12" in text
+
+  def test_refuses_to_leave_out_in_place_or_what_is_not_there(
+    self, workdir, tmp_path, capsys
+  ):
+    with pytest.raises(SystemExit):
+      command.main([str(workdir), "--without", "3"])
+    assert "--out" in capsys.readouterr().err
+    args = [str(workdir), "--without", "3", "x", "--out", str(tmp_path / "out")]
+    assert command.main(args) == 1
+    assert "no image is called x" in capsys.readouterr().err
+
   def test_several_folders_need_a_place(self, workdir, capsys):
     with pytest.raises(SystemExit):
       command.main([str(workdir), str(workdir)])
