@@ -38,6 +38,7 @@ myst_heading_anchors = 3
 nb_execution_mode = "force"
 nb_execution_timeout = 600
 nb_execution_in_temp = True
+nb_merge_streams = True
 nb_execution_raise_on_error = True
 
 html_theme = "sphinx_book_theme"
