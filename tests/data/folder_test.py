@@ -1,6 +1,8 @@
 import io
 import itertools
 import os
+import pathlib
+import re
 
 import numpy as np
 from PIL import Image
@@ -10,6 +12,8 @@ import tiny_archives as tiny
 
 from kdseg.data import __main__ as command
 from kdseg.data import archives
+from kdseg.data import decode
+from kdseg.data import layouts
 from kdseg.data import loading
 from kdseg.data import pairs
 from kdseg.data import prepare
@@ -429,3 +433,17 @@ def test_ids_of_any_script_formulas_and_markup_come_back_as_they_were(
     manual_dir=tmp_path / "own",
   )
   assert sorted(arrays.ids) == sorted(names)
+
+
+def test_the_page_on_folders_names_every_kind_split_and_ending():
+  page = pathlib.Path(folder.__file__).parents[3] / "docs" / "own_folders.md"
+  text = page.read_text(encoding="utf-8")
+  for suffix in decode.SUFFIXES:
+    assert f"`{suffix}`" in text
+  for ending in re.findall(r"`(_[a-z]+)`", text):
+    assert layouts.MASK_ENDING.fullmatch(ending), ending
+  for name in ("validation", "val", "valid", "dev"):
+    assert f"`{name}`" in text
+    assert layouts.split_of_folder(name) == "validation"
+  for name in re.findall(r"`(\w+)/`", text.split("may also be called")[1]):
+    assert name in layouts.IMAGE_NAMES + layouts.MASK_NAMES

@@ -251,7 +251,7 @@ def test_on_a_disk_that_is_full_again_and_again_it_ends_as_never_stopped(
 
 def test_a_slip_in_the_first_command_costs_nothing(data_dir, tmp_path):
   config = make_config(data_dir)
-  config.data.name = "folder"
+  config.data.name, config.data.tests = "folder", ("folder",)
   config.data.manual_dir = str(tmp_path / "nowhere")
   with pytest.raises(archives.DataError, match="nowhere"):
     run.run(config, tmp_path / "run")
