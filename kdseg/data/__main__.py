@@ -76,7 +76,7 @@ def _parser(builders: prepare.Builders) -> argparse.ArgumentParser:
     default=[],
     metavar="KEY=VALUE",
     help="as in the config's data.options, e.g. grey_masks=threshold"
-    " (isic2016 also knows duplicates=include); may be repeated",
+    " or lesion=any (isic2016 also knows duplicates=include); may be repeated",
   )
   parser.add_argument(
     "--allow-alike",

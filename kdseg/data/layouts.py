@@ -12,6 +12,7 @@ Names are compared without regard to case, and IMAGES and MASKS stand for any of
 """
 
 from collections.abc import Iterable
+import difflib
 import pathlib
 import re
 from typing import NamedTuple
@@ -98,7 +99,9 @@ def find(directory: pathlib.Path) -> Layout:
     return Layout(parts, False, _unused(folders, used))
   if _lies_side_by_side(directory):
     return Layout((Part("", directory, directory),), False, ())
-  found = ", ".join(f"{path.name}/" for path in folders.values())
+  found = ", ".join(
+    f"{path.name}/{_nearest(name)}" for name, path in folders.items()
+  )
   raise DataError(
     f"{directory} has neither images/ and masks/ nor any of train/, validation/"
     f" and test/ with those inside, but {found or 'no folder'}. {HOW}."
@@ -126,6 +129,13 @@ def _folders(directory: pathlib.Path) -> dict[str, pathlib.Path]:
     for path in inside
     if path.is_dir() and not path.name.startswith((".", "__MACOSX"))
   }
+
+
+def _nearest(name: str) -> str:
+  """Returns a suggestion if a folder's name is nearly one that is read."""
+  known = (*IMAGE_NAMES, *MASK_NAMES, *_SPLIT_NAMES, "imagestr", "labelstr")
+  near = difflib.get_close_matches(name, known, n=1)
+  return f' (did you mean "{near[0]}"?)' if near else ""
 
 
 def _first(

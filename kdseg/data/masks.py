@@ -80,15 +80,20 @@ def decode_mask(
   rule.check()
   values = mask_values(content, where)
   counts = np.bincount(values.ravel(), minlength=256)
-  highest = int(np.flatnonzero(counts)[-1])
+  found = [int(value) for value in np.flatnonzero(counts)]
+  highest = found[-1]
   if rule.lesion not in ("white", "black"):
     return _pick_class(values, counts, where, rule)
-  if 1 < highest <= _MAX_CLASS:
-    classes = ", ".join(map(str, np.flatnonzero(counts)))
+  # Tools mark what they leave out with 255.
+  classes = [value for value in found if 0 < value < 255]
+  if (1 < highest <= _MAX_CLASS) or 1 < len(classes) <= classes[
+    -1
+  ] <= _MAX_CLASS:
     raise DataError(
-      f"{where} is a mask of classes: its values are {classes}. To take every"
-      f" class above 0 as lesion, pass {rule.flags('lesion', 'any')}; to take"
-      f" one class, pass {rule.flags('lesion', str(highest))}, with its number."
+      f"{where} is a mask of classes: its values are"
+      f" {', '.join(map(str, found))}. To take every class above 0 as lesion,"
+      f" pass {rule.flags('lesion', 'any')}; to take one class, pass"
+      f" {rule.flags('lesion', str(classes[-1]))}, with its number."
     )
   if highest > 1:
     _check_grey(counts, where, rule)
@@ -145,7 +150,8 @@ def mask_values(content: bytes, where: str) -> np.ndarray:
     )
   if image.mode not in _MODES:
     raise DataError(
-      f"{where} has pixels of kind {image.mode!r}; a mask has 1, 8 or 24 bits."
+      f"{where} has pixels of kind {image.mode!r}; a mask has 1, 8 or 24 bits;"
+      " convert it."
     )
   if image.mode in ("1", "L"):
     return np.array(image.convert("L"))

@@ -103,7 +103,7 @@ def load(config: DataConfig) -> Data:
       for note in pairs.warn_of_few(name, len(arrays))
     ),
   )
-  for note in (*notes, *_warn_of_inverted(data)):
+  for note in (*notes, *_warn_of_inverted(data, config)):
     _LOG.warning("data: %s", note)
   return dataclasses.replace(data, notes=notes)
 
@@ -137,14 +137,17 @@ def _check_alike(data: Data, allowed: str) -> list[str]:
   return [f"allowed to look alike: {pair}" for pair in found]
 
 
-def _warn_of_inverted(data: Data) -> list[str]:
+def _warn_of_inverted(data: Data, config: DataConfig) -> list[str]:
   """Returns a line for each split of which nearly all masks touch the frame."""
   return [
     warning
     for arrays in data.by_name().values()
     for warning in masks.warn_of_inverted(
       [masks.frame_share(mask) for mask in arrays.mask],
-      masks.MaskRule(data_set=arrays.name),
+      masks.MaskRule(
+        lesion=config.options.get(arrays.name, {}).get("lesion", "white"),
+        data_set=arrays.name,
+      ),
     )
   ]
 

@@ -292,6 +292,11 @@ def test_a_folder_of_another_form_says_which_form_it_should_have(tmp_path):
     DataError, match=r"neither images/ and masks/ nor .*, but outlines/\. Put"
   ):
     folder.take_inventory(tmp_path)
+  (tmp_path / "maskss").mkdir()
+  with pytest.raises(
+    DataError, match=r"maskss/ \(did you mean \"masks\"\?\), "
+  ):
+    folder.take_inventory(tmp_path)
   (tmp_path / "images").mkdir()
   with pytest.raises(DataError, match=r"has no masks/"):
     folder.take_inventory(tmp_path)

@@ -56,6 +56,12 @@ def test_any_class_or_one_is_lesion_when_asked(classes, lesion, expected):
   np.testing.assert_array_equal(found, expected)
 
 
+def test_classes_with_a_value_to_ignore_are_no_grey_values():
+  content = _png(np.array([[0, 1, 2, 255]], np.uint8))
+  with pytest.raises(DataError, match=r"values are 0, 1, 2, 255\. .*lesion=2 "):
+    masks.decode_mask(content, "here", masks.MaskRule("threshold"))
+
+
 def test_a_palette_whose_first_colour_is_not_black_is_refused(tmp_path):
   path = tmp_path / "a.png"
   _palette([9, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0]).save(path)

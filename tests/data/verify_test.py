@@ -178,6 +178,21 @@ def test_prepared_records_are_verified_without_their_source(tmp_path, isic):
     assert getattr(from_records.inventory, field) == expected
 
 
+@pytest.mark.parametrize("lesion", ["black", "any", "2"])
+def test_prepared_masks_went_through_the_rule_already(
+  tmp_path, make_folder, lesion
+):
+  own = make_folder(tmp_path / "own", ["a", "b", "c"])
+  for path in (own / "masks").iterdir():
+    mask = tiny.lesion(0)
+    values = ~mask * 255 if lesion == "black" else mask * 2
+    path.write_bytes(tiny.encode(values.astype(np.uint8), "PNG"))
+  where = {"data_dir": tmp_path / "data", "lesion": lesion}
+  prepare.prepare("folder", manual_dir=own, **where)
+  report = verify.verify("folder", directory=str(own), **where)
+  assert (report.problems, report.empty, report.touching) == ((), (), ())
+
+
 def test_long_lists_are_cut_and_counted():
   problems = [f"{kind * 3}: all {kind * 5}" for kind in "abcdefghi"]
   report = verify.Report("x", pairs.Inventory({}), {}, {}, tuple(problems))

@@ -107,3 +107,22 @@ def test_a_small_test_set_is_warned_of_in_the_log_and_the_notes(
     assert said == [f"data: {notes[0]}"]
   else:
     assert (*notes, *said) == ()
+
+
+def test_inverted_masks_are_warned_of_until_the_flag_inverts(tmp_path, caplog):
+  own = make_own(
+    tmp_path / "own", train=range(4), validation=range(4, 8), test=range(8, 30)
+  )
+  for path in own.glob("*/masks/*"):
+    Image.fromarray(~tiny.lesion(0, 64, 64)).save(path)
+  load(tmp_path)
+  warnings = [r.message for r in caplog.records if "inverted" in r.message]
+  assert len(warnings) == 3
+  assert "folder: 4 of 4 masks" in warnings[0]
+  option = re.search(r"folder\.lesion=(\w+)", warnings[0])[1]
+  caplog.clear()
+  turned = load(tmp_path, options={"folder": {"lesion": option}})
+  np.testing.assert_array_equal(
+    turned.train.native_mask(0), tiny.lesion(0, 64, 64)
+  )
+  assert not any(r.name == "kdseg" for r in caplog.records)
