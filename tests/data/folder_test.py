@@ -53,7 +53,7 @@ def test_a_flat_folder_is_divided_exactly_by_the_rank_of_a_hash(
 
 @pytest.mark.parametrize(
   ("count", "sizes"),
-  [(1, [1]), (2, [2]), (3, [1, 1, 1]), (14, [12, 1, 1]), (200, [160, 20, 20])],
+  [(1, [1]), (2, [2]), (3, [1, 1, 1]), (16, [12, 2, 2]), (200, [160, 20, 20])],
 )
 def test_no_split_is_empty_from_three_pairs_on(count, sizes):
   image = mask = archives.File("", "", "", 0, bytes)

@@ -26,6 +26,13 @@ def test_files_are_sorted_by_the_id_in_their_name():
   assert found.problems == ["A.zip has A twice (x/a.png, y/A.png); keep one."]
 
 
+def test_ids_are_composed_however_a_disk_writes_their_letters():
+  files = [_file("la\u0308sion.png"), _file("l\xe4sion.png")]
+  found = pairs.sort_by_id(files, lambda file: file.name[:-4])
+  assert list(found.files) == ["l\xe4sion"]
+  assert len(found.problems) == 1
+
+
 def test_pairs_are_matched_by_id_and_the_lonely_named():
   images, masks = (
     _sorted("c.png", "a.png").files,
