@@ -44,3 +44,19 @@ nb_execution_raise_on_error = True
 html_theme = "sphinx_book_theme"
 html_title = "kdseg"
 html_theme_options = {"show_toc_level": 2, "home_page_in_toc": True}
+
+
+def _show_blocks_as_they_are(app, what, name, obj, options, lines):
+  """Makes the indented blocks of a module's docstring literal ones."""
+  if what != "module":
+    return
+  for i in range(len(lines) - 1, 1, -1):
+    begins = lines[i].startswith("  ") and not lines[i - 1].strip()
+    before = next((line for line in reversed(lines[:i]) if line.strip()), "")
+    if begins and not before.startswith("  "):
+      lines[i:i] = ["::", ""]
+
+
+def setup(app):
+  """Connects what this file adds to Sphinx."""
+  app.connect("autodoc-process-docstring", _show_blocks_as_they_are)

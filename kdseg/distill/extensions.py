@@ -34,7 +34,7 @@ class Extensions:
       plain function is taken as it is.
     regions: (labels, radius) -> [B, H, W] in {0, 1}, where mbf and m2bf hide
       features; `radius` in pixels.
-    students: (axis_name=..., **options) -> Flax module with the contract of
+    students: `(axis_name=..., **options)` -> Flax module with the contract of
       `kdseg.networks`.
     data_sets: subclasses of `data.builder.PairBuilder`, by their `name`.
   """

@@ -16,11 +16,11 @@ distances as a share of the image's diagonal. Boundaries: see `surface`.
 An empty mask scores by rule, is counted (`empty_prediction`), and is never
 left out:
 
-| prediction | annotation | overlap, NSD, boundary IoU | HD95, ASSD       |
-|------------|------------|----------------------------|------------------|
-| empty      | empty      | 1                          | 0                |
-| empty      | lesion     | 0                          | the diagonal     |
-| lesion     | empty      | 0                          | the diagonal     |
+  | prediction | annotation | overlap, NSD, boundary IoU | HD95, ASSD       |
+  |------------|------------|----------------------------|------------------|
+  | empty      | empty      | 1                          | 0                |
+  | empty      | lesion     | 0                          | the diagonal     |
+  | lesion     | empty      | 0                          | the diagonal     |
 
 where sensitivity is 1 if the annotation is empty, and specificity 1 if it
 fills the image (nothing was there to be missed), as the official scorer has

@@ -56,7 +56,7 @@ def keep_freed() -> bool:
 
   Returns:
     Whether glibc does; false for another C library, or where the user has set
-    a MALLOC_ variable or GLIBC_TUNABLES to something of their own.
+    a `MALLOC_*` variable or GLIBC_TUNABLES to something of their own.
   """
   tunables = os.environ.get(commands.TUNABLES, commands.HUGE_PAGES)
   if tunables != commands.HUGE_PAGES or any(

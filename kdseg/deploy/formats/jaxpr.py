@@ -82,7 +82,7 @@ class Window(NamedTuple):
 def trace(
   function: Callable[[jax.Array], jax.Array], shape: Sequence[int], dtype: Any
 ) -> Any:
-  """Returns the closed jaxpr of a function of [BATCH, *shape]."""
+  """Returns the closed jaxpr of a function of `[BATCH, *shape]`."""
   image = jax.ShapeDtypeStruct((BATCH, *shape), dtype)
   # A graph needs the layers' portable implementation, not the CPU's.
   with mock.patch.object(jax, "default_backend", return_value="portable"):

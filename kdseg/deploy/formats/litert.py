@@ -82,7 +82,7 @@ def make_model(
   """Returns the LiteRT file of a function of a batch of images.
 
   Args:
-    function: maps [B, *shape] to [B, ...]; may close over weights, and must
+    function: maps `[B, *shape]` to [B, ...]; may close over weights, and must
       not compute with the size of the batch.
     shape: of one image.
     dtype: of the input.
