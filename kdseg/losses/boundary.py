@@ -194,14 +194,14 @@ def region(
   Args:
     name: "gt_band", within `radius` of the edge of `labels`; "teacher_band",
       the same of the teacher's mask (logit above 0), so as wide as "gt_band",
-      but placed with no label; "teacher_uncertain", where the teacher's probability
-      is in (.1, .9); "union", of "gt_band" and "teacher_band"; "disagreement",
-      where the teacher's and the student's masks differ; "all" and "none",
-      every pixel and no pixel; "rolled_band", "gt_band" moved round the frame
-      by a random offset of at least a quarter of each side: same area, same
-      shape, wrong place, a control, which may still cross the edge of a large
-      lesion; "interior" and "exterior", the lesion and the skin without
-      "gt_band"; "inv_band", both of these.
+      but placed with no label; "teacher_uncertain", where the teacher's
+      probability is in (.1, .9); "union", of "gt_band" and "teacher_band";
+      "disagreement", where the teacher's and the student's masks differ; "all"
+      and "none", every pixel and no pixel; "rolled_band", "gt_band" moved round
+      the frame by a random offset of at least a quarter of each side: same
+      area, same shape, wrong place, a control, which may still cross the edge
+      of a large lesion; "interior" and "exterior", the lesion and the skin
+      without "gt_band"; "inv_band", both of these.
     labels: [B, H, W], 0 or 1.
     radius: pixels.
     teacher_logits: [B, H, W]; for those with the teacher in them.
