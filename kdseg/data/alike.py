@@ -77,11 +77,15 @@ def perceptual_hash(thumbs: np.ndarray) -> np.ndarray:
   return np.ascontiguousarray(packed).view(np.uint64)
 
 
-def find_alike(thumbs: Mapping[str, np.ndarray]) -> tuple[Alike, ...]:
+def find_alike(
+  thumbs: Mapping[str, np.ndarray], rows: int | None = None
+) -> tuple[Alike, ...]:
   """Finds pairs of images that look alike, in any of eight orientations.
 
   Args:
     thumbs: see `thumb`, by `split/id`.
+    rows: how many of the first images are held against all that follow them;
+      every one if None.
 
   Returns:
     The pairs, those across splits first, then by likeness.
@@ -95,7 +99,8 @@ def find_alike(thumbs: Mapping[str, np.ndarray]) -> tuple[Alike, ...]:
     for k in range(orientations.ORIENTATIONS)
   ]
   found = []
-  for row in range(len(names) - 1):
+  last = len(names) - 1
+  for row in range(last if rows is None else min(rows, last)):
     bits = functools.reduce(
       np.minimum,
       (

@@ -38,6 +38,8 @@ class MaskRule(NamedTuple):
       raise ValueError(
         f"grey_masks is {self.grey_masks!r}, not one of {GREY_MASKS}."
       )
+    if not isinstance(self.lesion, str):
+      raise ValueError(f'lesion is {self.lesion!r}; write "{self.lesion}".')
     is_class = self.lesion.isascii() and self.lesion.isdigit()
     if self.lesion not in LESIONS and not (
       is_class and 0 < int(self.lesion) < 256

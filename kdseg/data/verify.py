@@ -1,8 +1,8 @@
 """Checks every file of a data set and lists all that is wrong or unusual.
 
 Where the builders stop at the first problem, this lists all of them. It adds
-sizes, empty masks, masks that touch the frame, and images that look alike
-within a split or across splits, which forbid nothing.
+sizes, empty masks, masks that touch the frame and images that look alike within
+a split, which forbid nothing; images alike across splits do, unless allowed.
 """
 
 from collections.abc import Iterator

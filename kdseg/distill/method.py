@@ -18,9 +18,9 @@ from kdseg.runtime import names as names_lib
 class Method:
   """How a student is distilled: every switch of the reconstruction.
 
-  The defaults are the literal reading of the paper's abstract (see README,
-  "What is reconstructed"); lengths are pixels of a 256 x 256 image and scale
-  with the side.
+  The defaults are the literal reading of the paper's abstract (see
+  docs/methods.md, "This reconstruction"); lengths are pixels of a 256 x 256
+  image and scale with the side.
 
   Attributes:
     terms: weight by term; empty for no distillation. A calibrated term is first

@@ -93,6 +93,11 @@ def _parse(
   }
   known = {**method_lib.shipped_methods(), **values["methods"]}
   arms = _list_arms(values["arms"], known)
+  names_lib.check_known(
+    "student in students",
+    values["students"],
+    (*networks.NETWORKS, *extensions.students),
+  )
   named = (*values["methods"], *(arm_id.method for arm_id in arms))
   methods = {name: known[name] for name in named}
   parts = {
@@ -206,6 +211,7 @@ def _check_data(config: ExperimentConfig) -> None:
   c = config.data
   names_lib.check_known("data set", [c.name], c.builders)
   names_lib.check_known("data set", c.tests, (*c.builders, VALIDATION))
+  names_lib.check_known("data set in data.options", c.options, c.builders)
   if not c.tests:
     raise ValueError(
       "data.tests names nothing to score on; for the validation images write "

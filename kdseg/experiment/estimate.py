@@ -23,6 +23,7 @@ from kdseg.experiment import jobs
 from kdseg.experiment import splits
 from kdseg.experiment import students
 from kdseg.experiment import teachers as teachers_lib
+from kdseg.experiment import workdir as workdir_lib
 from kdseg.experiment.jobs import Job
 from kdseg.experiment.records import JOINT
 from kdseg.experiment.records import ExperimentConfig
@@ -93,10 +94,9 @@ def estimate(
 ) -> list[Item]:
   """Measures every job that is left to do, on this machine.
 
-  Each compiled function runs on zeros, its compilation left out. A training
-  that was stopped half-way counts whole, and so do passes of a frozen teacher
-  that a cache may hold. Reading and augmenting data, writing files and the
-  boundary metrics of the scores are left out.
+  Compiled functions run on zeros. A training that was stopped counts whole, and
+  so do passes that a cache may hold. Compiling, reading, augmenting, writing
+  and boundary metrics are left out.
 
   Args:
     config: see `configs/`.
@@ -104,14 +104,16 @@ def estimate(
     repeats: of each function; the median counts.
 
   Raises:
-    ConfigError: on a config that cannot be run.
+    ConfigError, WorkdirError: as `run.run`.
     DataError: if images are missing or damaged.
     OutOfMemoryError: if something takes more memory than there is.
   """
   parsed = config_lib.parse(config)
-  # What weights a network starts from costs nothing.
   parsed = dataclasses.replace(parsed, encoder_weights=False)
   run = Run(parsed, pathlib.Path(workdir))
+  workdir_lib.check_config(parsed.tree, run.workdir)
+  students.check_trained(run)
+  config_lib.check_taps(parsed)
   bench = _Bench(run, splits.load(parsed.data), repeats)
   items: dict[str, Item] = {}
   for job in jobs.list_jobs(run):
@@ -123,7 +125,6 @@ def estimate(
 
 
 def _time_encoding(bench: _Bench, job: Job) -> list[Item]:
-  # Counted as whole passes: the frozen blocks are most of them.
   return [_all_views(bench, job.name, "encoding")]
 
 

@@ -147,7 +147,7 @@ def _log_progress(
     nonlocal began, shown
     # Hosts compute at their own pace: one that left would leave the others.
     if not hosts.are_many():
-      preemption.check(stop, what)
+      preemption.check(stop, f"this was under way: {what}")
     now = time.monotonic()
     if began is None:
       # The first call compiles, and a resumed run has not done the rest now.

@@ -21,6 +21,7 @@ from kdseg.report import scores as scores_lib
 from kdseg.report import tables
 from kdseg.runtime import checkpoint
 from kdseg.runtime import files
+from kdseg.training import loop
 
 _LOG = logging.getLogger("kdseg")
 # Digest of what the report was made of, written after it.
@@ -28,8 +29,17 @@ _REPORTED = ".reported"
 
 
 def write_report(run: Run, data: Data) -> None:
-  """Writes report.json, the tables and overlays.png from what lies there."""
+  """Writes report.json, the tables and overlays.png from what lies there.
+
+  Raises:
+    DivergedError: if nothing was scored, as every arm diverged.
+  """
   workdir = run.workdir
+  if not (workdir / "scores.csv").exists():
+    raise loop.DivergedError(
+      "every arm diverged before its first validation, so nothing was scored; "
+      f"{workdir}/arms/*/failed.json say why"
+    )
   rows = scores_lib.read(workdir / "scores.csv")
   meta = _describe(run, data)
   checkpoint.write_json(workdir / "report.json", meta)

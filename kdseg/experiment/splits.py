@@ -56,23 +56,26 @@ def load(config: DataConfig) -> Data:
   """Reads every split that the config names.
 
   Raises:
-    ValueError: if a split is empty.
     DataError: if images are missing or damaged, or other on another host.
     OutOfMemoryError: if they do not fit into memory.
   """
 
   def read(name: str, split: str) -> loading.Arrays:
-    arrays = loading.load(
-      name,
-      split,
-      size=config.size,
-      data_dir=config.data_dir or None,
-      manual_dir=config.manual_dir or None,
-      builders=config.builders,
-      **config.options.get(name, {}),
-    )
-    if not len(arrays):
-      raise ValueError(f"{name}: the {split} split holds no image")
+    try:
+      arrays = loading.load(
+        name,
+        split,
+        size=config.size,
+        data_dir=config.data_dir or None,
+        manual_dir=config.manual_dir or None,
+        builders=config.builders,
+        **config.options.get(name, {}),
+      )
+    except archives.DataError:
+      raise
+    except ValueError as error:
+      # An option has a value that it cannot have.
+      raise archives.DataError(f"data.options.{name}: {error}") from error
     _LOG.info(
       "data: %s %s, %d images (%s)", name, split, len(arrays), arrays.coverage
     )
@@ -117,8 +120,9 @@ def _check_alike(data: Data, allowed: str) -> list[str]:
   Raises:
     DataError: that names both, and the flag that allows them.
   """
-  seen = {"train": data.train, "validation": data.validation}
-  parts = {**seen, **data.tests}
+  seen = {"validation": data.validation, "train": data.train}
+  # The training images last: no two of them are held against each other.
+  parts = {**data.tests, **seen}
   thumbs = {
     f"{name}/{id_}": alike.thumb(image)
     for name, arrays in parts.items()
@@ -126,8 +130,8 @@ def _check_alike(data: Data, allowed: str) -> list[str]:
     for id_, image in zip(arrays.ids, arrays.image, strict=True)
   }
   found = [
-    pair
-    for pair in alike.find_alike(thumbs)
+    alike.Alike(pair.second, pair.first, pair.bits)
+    for pair in alike.find_alike(thumbs, len(thumbs) - len(data.train))
     if pair.across
     and seen.keys() & {pair.first.split("/")[0], pair.second.split("/")[0]}
   ]

@@ -3,7 +3,7 @@
 All keys are optional; what is missing is printed as "not stated".
 
     {
-      "train": {"name": "isic2016_train", "found": 751, "official": 900},
+      "train": {"name": "isic2016", "found": 751, "official": 900},
       "datasets": {"isic2016_test": {"found": 379, "official": 379}},
       "protocol": {
         "resolution": 256,            # side of the network's input, pixels
@@ -13,7 +13,7 @@ All keys are optional; what is missing is printed as "not stated".
         "checkpoint": "best validation Dice, every 2 epochs"
       },
       "arms": {"patch_unet_50k-none": {"parameters": 49532, "macs": 3.1e7}},
-      "teacher": "teacher-unetpp",    # of the students, for the gate; "" if it
+      "teacher": "teacher_unetpp",    # of the students, for the gate; "" if it
                                       # is a control that was not trained
       "baseline": "none",             # the method to compare the others with
       "primary": [                    # Holm's family; without it, all

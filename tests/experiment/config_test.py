@@ -141,6 +141,7 @@ def options(**changes):
     ({"distil_from": ("teacher_vit",)}, 'in distil_from "teacher_vit"'),
     ({"training": {"epoch": 1.0}}, 'did you mean "training.epochs"'),
     ({"students": {"patch_unet": {"width": 3}}}, "patch_unet.*width"),
+    ({"students": {"patch_unett": {}}}, 'did you mean "patch_unet"'),
     ({"teachers": {"teacher_unet": options(network="unet")}}, '"unet"'),
     (
       {

@@ -87,6 +87,15 @@ def test_a_copy_in_the_test_set_of_another_data_set_is_refused(tmp_path):
   assert len(load(tmp_path, tests=("folder", "other")).tests["other"]) == 2
 
 
+@pytest.mark.parametrize("wrong", ["red", 2])
+def test_a_value_that_an_option_cannot_have_is_named_with_its_key(
+  tmp_path, wrong
+):
+  make_own(tmp_path / "own", train=[0], validation=[1], test=[2])
+  with pytest.raises(DataError, match=r"^data\.options\.folder: .*"):
+    load(tmp_path, options={"folder": {"lesion": wrong}})
+
+
 def test_validation_images_may_be_scored(tmp_path):
   make_own(tmp_path / "own", train=[0, 1], validation=[2], test=[3])
   data = load(tmp_path, tests=("validation",))
