@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import dataclasses
 import hashlib
 import re
-import types
 from typing import NamedTuple
 import unicodedata
 
@@ -62,7 +61,7 @@ class Inventory:
   """
 
   splits: Mapping[str, tuple[Pair, ...]]
-  found: Mapping[str, int] = types.MappingProxyType({})
+  found: Mapping[str, int] = dataclasses.field(default_factory=dict)
   excluded: tuple[str, ...] = ()
   problems: tuple[str, ...] = ()
   notes: tuple[str, ...] = ()

@@ -65,7 +65,9 @@ class DataConfig:
   manual_dir: str
   data_dir: str
   options: Mapping[str, Mapping[str, Any]]
-  builders: Mapping[str, type[PairBuilder]] = sets.BUILDERS
+  builders: Mapping[str, type[PairBuilder]] = dataclasses.field(
+    default_factory=lambda: sets.BUILDERS
+  )
   allow_alike: str = ""
 
   def test_name(self, test: str) -> str:
